@@ -1,0 +1,5 @@
+from .batch_norm import BatchNorm as BatchNorm
+from .conv import channel_shuffle as channel_shuffle
+from .conv import conv2d as conv2d
+from .sequential import Sequential as Sequential
+from .initialize import torch_default_init as torch_default_init

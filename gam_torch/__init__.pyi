@@ -1,0 +1,11 @@
+from .attention import BAM as BAM
+from .attention import CBAM as CBAM
+from .attention import GAM as GAM
+from .attention import ChannelAttention as ChannelAttention
+from .attention import SpatialAttention as SpatialAttention
+from .attention import SqueezeExcitation as SqueezeExcitation
+from .attention import create_attention as create_attention
+from .attention import list_attentions as list_attentions
+from .models import ResNet as ResNet
+from .models import create_model as create_model
+from .models import list_models as list_models

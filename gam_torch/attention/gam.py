@@ -1,0 +1,234 @@
+"""Global Attention Mechanism, arXiv 2112.05561: a channel gate, then a spatial gate; no pooling."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from gam_torch.attention.common import (
+    check_channels,
+    check_choice,
+    check_divides,
+    check_odd,
+    hidden_channels,
+    variant_options,
+)
+
+SHUFFLE_GROUPS = 4
+"""Every published rewrite shuffles channels in four groups, whatever its other numbers."""
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "reference": {},
+    "gated": {"channel_gate": "sigmoid"},
+    "grouped": {"groups": 4, "shuffle": "gate"},
+    "replicate": {"padding_mode": "replicate"},
+    "shuffled": {"channel_gate": "sigmoid", "shuffle": "features"},
+    "paper": {"channel_gate": "sigmoid", "ratio": 16},
+}
+
+
+class ChannelAttention(nn.Module):
+    """GAM's channel gate: a two-layer perceptron at every pixel.
+
+        g = fc2(ReLU(fc1(x)))        C → C // ratio → C,   then σ(g) where gate = "sigmoid"
+
+    Args:
+        channels: C, the channels of the input.
+        ratio: the bottleneck has `int(channels / ratio)` channels.
+        gate: "sigmoid" as in the paper, or "identity" as in most code that circulates.
+        use_bias: whether `fc1` and `fc2` have biases.
+
+    Raises:
+        ValueError: the ratio leaves no channel; an unknown gate; an input of other channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        ratio: float = 4,
+        gate: Literal["identity", "sigmoid"] = "identity",
+        use_bias: bool = True,
+    ):
+        super().__init__()
+        check_choice("gate", gate, ("identity", "sigmoid"))
+        hidden = hidden_channels(channels, ratio)
+        self.channels = channels
+        self.ratio = ratio
+        self.gate = gate
+        self.use_bias = use_bias
+        self.fc1 = nn.Linear(channels, hidden, bias=use_bias)
+        self.fc2 = nn.Linear(hidden, channels, bias=use_bias)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """The gate itself, to be multiplied with `x`."""
+        check_channels("ChannelAttention", x.shape, self.channels)
+        g = self.fc2(F.relu(self.fc1(x.permute(0, 2, 3, 1)))).permute(0, 3, 1, 2)
+        return torch.sigmoid(g) if self.gate == "sigmoid" else g
+
+
+class SpatialAttention(nn.Module):
+    """GAM's spatial gate: two k×k convolutions over all channels.
+
+        s = σ(norm2(conv2(ReLU(norm1(conv1(x))))))        C → C // ratio → C,   padding k // 2
+
+    Args:
+        channels: C, the channels of the input.
+        ratio: the bottleneck has `int(channels / ratio)` channels.
+        kernel_size: k, odd; 7 in the paper.
+        groups: groups of both convolutions.
+        padding_mode: what the convolutions see beyond the border, "zeros" or "replicate".
+        use_bias: whether the convolutions have biases; in training the norms cancel them.
+        norm_eps: added to the variance; 1e-5 as in torch, 1e-3 in YOLO.
+        norm_momentum: weight of the new value in the running statistics.
+
+    Raises:
+        ValueError: the ratio leaves no channel; `groups` does not divide; an even kernel;
+            an input of other channels.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        ratio: float = 4,
+        kernel_size: int = 7,
+        groups: int = 1,
+        padding_mode: Literal["zeros", "replicate"] = "zeros",
+        use_bias: bool = True,
+        norm_eps: float = 1e-5,
+        norm_momentum: float | None = 0.1,
+    ):
+        super().__init__()
+        check_choice("padding_mode", padding_mode, ("zeros", "replicate"))
+        check_odd(kernel_size)
+        hidden = hidden_channels(channels, ratio)
+        check_divides("groups", groups, channels=channels, hidden_channels=hidden)
+        self.channels = channels
+        self.ratio = ratio
+        self.kernel_size = kernel_size
+        self.groups = groups
+        self.padding_mode = padding_mode
+        self.use_bias = use_bias
+        self.norm_eps = norm_eps
+        self.norm_momentum = norm_momentum
+        conv = {
+            "kernel_size": kernel_size,
+            "padding": kernel_size // 2,
+            "padding_mode": padding_mode,
+            "groups": groups,
+            "bias": use_bias,
+        }
+        self.conv1 = nn.Conv2d(channels, hidden, **conv)
+        self.norm1 = nn.BatchNorm2d(hidden, eps=norm_eps, momentum=norm_momentum)
+        self.conv2 = nn.Conv2d(hidden, channels, **conv)
+        self.norm2 = nn.BatchNorm2d(channels, eps=norm_eps, momentum=norm_momentum)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """The gate itself, in (0, 1), to be multiplied with `x`."""
+        check_channels("SpatialAttention", x.shape, self.channels)
+        s = F.relu(self.norm1(self.conv1(x)))
+        return torch.sigmoid(self.norm2(self.conv2(s)))
+
+
+class GAM(nn.Module):
+    """Global Attention Mechanism: nothing is pooled, each gate is as large as its input.
+
+        x₁ = x · channel_attention(x)
+        y  = x₁ · spatial_attention(x₁)
+
+    The paper puts a sigmoid on the channel gate and uses ratio 16; most code that circulates
+    has no sigmoid there and ratio 4. `from_variant` names the families:
+
+    | variant   | channel gate | convolutions      | shuffled, 4 groups      |
+    |-----------|--------------|-------------------|-------------------------|
+    | reference | identity     |                   |                         |
+    | gated     | sigmoid      |                   |                         |
+    | grouped   | identity     | `ratio` groups    | the spatial gate        |
+    | replicate | identity     | replicate padding |                         |
+    | shuffled  | sigmoid      |                   | x₁, before spatial gate |
+    | paper     | sigmoid      | ratio 16          |                         |
+
+    Args:
+        channels: C, the channels of the input and of the output.
+        ratio: both bottlenecks have `int(channels / ratio)` channels.
+        kernel_size: of the two convolutions, odd.
+        groups: of the two convolutions; must divide C and the bottleneck.
+        channel_gate: "identity" or "sigmoid".
+        shuffle: None, "features" (x₁ is channel-shuffled) or "gate" (the spatial gate is,
+            after its sigmoid).
+        padding_mode: of the two convolutions, "zeros" or "replicate".
+        use_bias: of the linear layers and the convolutions.
+        norm_eps: of the two norms; YOLO uses 1e-3.
+        norm_momentum: of the two norms, weight of the new value; YOLO uses 0.03.
+
+    Shapes: (B, C, H, W) → (B, C, H, W), any B, H and W.
+
+    Raises:
+        ValueError: sizes that do not divide, an unknown option, an input of other channels.
+
+    Source: arXiv 2112.05561, section 3. No code of the authors is known.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        ratio: float = 4,
+        kernel_size: int = 7,
+        groups: int = 1,
+        channel_gate: Literal["identity", "sigmoid"] = "identity",
+        shuffle: Literal["features", "gate"] | None = None,
+        padding_mode: Literal["zeros", "replicate"] = "zeros",
+        use_bias: bool = True,
+        norm_eps: float = 1e-5,
+        norm_momentum: float | None = 0.1,
+    ):
+        super().__init__()
+        check_choice("shuffle", shuffle, (None, "features", "gate"))
+        if shuffle is not None:
+            check_divides("channel shuffle in groups of", SHUFFLE_GROUPS, channels=channels)
+        self.channels = channels
+        self.ratio = ratio
+        self.kernel_size = kernel_size
+        self.groups = groups
+        self.channel_gate = channel_gate
+        self.shuffle = shuffle
+        self.padding_mode = padding_mode
+        self.use_bias = use_bias
+        self.norm_eps = norm_eps
+        self.norm_momentum = norm_momentum
+        self.channel_attention = ChannelAttention(
+            channels, ratio=ratio, gate=channel_gate, use_bias=use_bias
+        )
+        self.spatial_attention = SpatialAttention(
+            channels,
+            ratio=ratio,
+            kernel_size=kernel_size,
+            groups=groups,
+            padding_mode=padding_mode,
+            use_bias=use_bias,
+            norm_eps=norm_eps,
+            norm_momentum=norm_momentum,
+        )
+
+    @classmethod
+    def from_variant(cls, variant: str, channels: int, **overrides: Any) -> GAM:
+        """The GAM of a named family, see above; `overrides` are constructor arguments."""
+        if variant == "grouped" and "ratio" in overrides:
+            overrides = {"groups": overrides["ratio"], **overrides}
+        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        check_channels("GAM", x.shape, self.channels)
+        x = x * self.channel_attention(x)
+        if self.shuffle == "features":
+            x = F.channel_shuffle(x, SHUFFLE_GROUPS)
+        gate = self.spatial_attention(x)
+        if self.shuffle == "gate":
+            gate = F.channel_shuffle(gate, SHUFFLE_GROUPS)
+        return x * gate
