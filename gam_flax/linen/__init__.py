@@ -1,4 +1,4 @@
-"""The attention blocks as Linen modules: channels are read from the input, `train` is a call argument."""
+"""The attention blocks as Linen modules: they read their channels from the input."""
 
 import lazy_loader
 

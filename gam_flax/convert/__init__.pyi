@@ -1,0 +1,11 @@
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import read_checkpoint as read_checkpoint
+from .errors import CheckpointError as CheckpointError
+from .identify import Block as Block
+from .identify import identify as identify
+from .load import ConversionReport as ConversionReport
+from .load import load_torch as load_torch
+from .load import load_torch_linen as load_torch_linen
+from .save import load as load
+from .save import save as save
+from .save import to_torch as to_torch
