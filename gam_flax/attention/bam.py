@@ -16,13 +16,9 @@ from gam_flax.attention.common import (
     hidden_channels,
     variant_options,
 )
+from gam_flax.attention.variants import BAM_VARIANTS
 from gam_flax.ops.batch_norm import BatchNorm
 from gam_flax.ops.conv import conv2d
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "paper": {"combine": "sum"},
-}
 
 
 class ChannelGate(nnx.Module):
@@ -182,7 +178,7 @@ class BAM(nnx.Module):
     @classmethod
     def from_variant(cls, variant: str, channels: int, **overrides: Any) -> BAM:
         """The block of a named source, see above; `overrides` are constructor arguments."""
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(BAM_VARIANTS, variant, overrides))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         check_channels("BAM", x.shape, self.channels)

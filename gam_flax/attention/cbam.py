@@ -18,25 +18,9 @@ from gam_flax.attention.common import (
     hidden_channels,
     variant_options,
 )
+from gam_flax.attention.variants import CBAM_VARIANTS
 from gam_flax.ops.batch_norm import BatchNorm
 from gam_flax.ops.conv import conv2d
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "timm": {
-        "projection": "conv",
-        "use_bias": False,
-        "concat": "mean_max",
-        "norm_momentum": 0.1,
-    },
-    "plain": {
-        "projection": "conv",
-        "use_bias": False,
-        "concat": "mean_max",
-        "spatial_norm": False,
-    },
-    "prose": {"spatial_norm": False, "spatial_bias": True},
-}
 
 
 class ChannelGate(nnx.Module):
@@ -206,7 +190,7 @@ class CBAM(nnx.Module):
     @classmethod
     def from_variant(cls, variant: str, channels: int, **overrides: Any) -> CBAM:
         """The block of a named source, see above; `overrides` are constructor arguments."""
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(CBAM_VARIANTS, variant, overrides))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         check_channels("CBAM", x.shape, self.channels)

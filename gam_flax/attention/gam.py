@@ -18,20 +18,12 @@ from gam_flax.attention.common import (
     hidden_channels,
     variant_options,
 )
+from gam_flax.attention.variants import GAM_VARIANTS
 from gam_flax.ops.batch_norm import BatchNorm
 from gam_flax.ops.conv import channel_shuffle, conv2d, pad2d
 
 SHUFFLE_GROUPS = 4
 """Every published rewrite shuffles channels in four groups, whatever its other numbers."""
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "gated": {"channel_gate": "sigmoid"},
-    "grouped": {"groups": 4, "shuffle": "gate"},
-    "replicate": {"padding_mode": "replicate"},
-    "shuffled": {"channel_gate": "sigmoid", "shuffle": "features"},
-    "paper": {"channel_gate": "sigmoid", "ratio": 16},
-}
 
 
 class ChannelAttention(nnx.Module):
@@ -241,7 +233,7 @@ class GAM(nnx.Module):
         """The GAM of a named family, see above; `overrides` are constructor arguments."""
         if variant == "grouped" and "ratio" in overrides:
             overrides = {"groups": overrides["ratio"], **overrides}
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(GAM_VARIANTS, variant, overrides))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         check_channels("GAM", x.shape, self.channels)

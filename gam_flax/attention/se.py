@@ -17,12 +17,7 @@ from gam_flax.attention.common import (
     hidden_channels,
     variant_options,
 )
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "torchvision": {"projection": "conv", "use_bias": True},
-    "mobilenet_v3": {"projection": "conv", "use_bias": True, "gate": "hard_sigmoid"},
-}
+from gam_flax.attention.variants import SE_VARIANTS
 
 GATES = {"sigmoid": jax.nn.sigmoid, "hard_sigmoid": jax.nn.hard_sigmoid}
 
@@ -85,7 +80,7 @@ class SqueezeExcitation(nnx.Module):
     @classmethod
     def from_variant(cls, variant: str, channels: int, **overrides: Any) -> SqueezeExcitation:
         """The block of a named source, see above; `overrides` are constructor arguments."""
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(SE_VARIANTS, variant, overrides))
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
         check_channels("SqueezeExcitation", x.shape, self.channels)

@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gam_flax.attention.bam import VARIANTS
 from gam_flax.attention.common import check_choice, hidden_channels, variant_options
+from gam_flax.attention.variants import BAM_VARIANTS
 from gam_flax.linen.batch_norm import BatchNorm
 from gam_flax.linen.common import channels_of, conv2d
 
@@ -86,7 +86,7 @@ class BAM(nn.Module):
     @classmethod
     def from_variant(cls, variant: str, **overrides: Any) -> BAM:
         """The block of a named source, see `gam_flax.BAM`; `overrides` are fields."""
-        return cls(**variant_options(VARIANTS, variant, overrides))
+        return cls(**variant_options(BAM_VARIANTS, variant, overrides))
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B H W C"]:

@@ -10,8 +10,8 @@ from flax import linen as nn
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gam_flax.attention.cbam import VARIANTS
 from gam_flax.attention.common import check_choice, check_odd, hidden_channels, variant_options
+from gam_flax.attention.variants import CBAM_VARIANTS
 from gam_flax.linen.batch_norm import BatchNorm
 from gam_flax.linen.common import PROJECTIONS, channels_of, conv2d
 
@@ -95,7 +95,7 @@ class CBAM(nn.Module):
     @classmethod
     def from_variant(cls, variant: str, **overrides: Any) -> CBAM:
         """The block of a named source, see `gam_flax.CBAM`; `overrides` are fields."""
-        return cls(**variant_options(VARIANTS, variant, overrides))
+        return cls(**variant_options(CBAM_VARIANTS, variant, overrides))
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B H W C"]:

@@ -17,7 +17,8 @@ from gam_flax.attention.common import (
     hidden_channels,
     variant_options,
 )
-from gam_flax.attention.gam import SHUFFLE_GROUPS, VARIANTS
+from gam_flax.attention.gam import SHUFFLE_GROUPS
+from gam_flax.attention.variants import GAM_VARIANTS
 from gam_flax.linen.batch_norm import BatchNorm
 from gam_flax.linen.common import channels_of, conv2d
 from gam_flax.ops.conv import channel_shuffle, pad2d
@@ -116,7 +117,7 @@ class GAM(nn.Module):
         """The GAM of a named family, see `gam_flax.GAM`; `overrides` are fields."""
         if variant == "grouped" and "ratio" in overrides:
             overrides = {"groups": overrides["ratio"], **overrides}
-        return cls(**variant_options(VARIANTS, variant, overrides))
+        return cls(**variant_options(GAM_VARIANTS, variant, overrides))
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B H W C"]:

@@ -11,7 +11,8 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gam_flax.attention.common import check_choice, hidden_channels, variant_options
-from gam_flax.attention.se import GATES, VARIANTS
+from gam_flax.attention.se import GATES
+from gam_flax.attention.variants import SE_VARIANTS
 from gam_flax.linen.common import PROJECTIONS, channels_of
 
 
@@ -33,7 +34,7 @@ class SqueezeExcitation(nn.Module):
     @classmethod
     def from_variant(cls, variant: str, **overrides: Any) -> SqueezeExcitation:
         """The block of a named source, see `gam_flax.SqueezeExcitation`; `overrides` are fields."""
-        return cls(**variant_options(VARIANTS, variant, overrides))
+        return cls(**variant_options(SE_VARIANTS, variant, overrides))
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B H W C"]:

@@ -15,11 +15,7 @@ from gam_torch.attention.common import (
     hidden_channels,
     variant_options,
 )
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "paper": {"combine": "sum"},
-}
+from gam_torch.attention.variants import BAM_VARIANTS
 
 
 class ChannelGate(nn.Module):
@@ -158,7 +154,7 @@ class BAM(nn.Module):
     @classmethod
     def from_variant(cls, variant: str, channels: int, **overrides: Any) -> BAM:
         """The block of a named source, see above; `overrides` are constructor arguments."""
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(BAM_VARIANTS, variant, overrides))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         check_channels("BAM", x.shape, self.channels)

@@ -17,23 +17,7 @@ from gam_torch.attention.common import (
     hidden_channels,
     variant_options,
 )
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "timm": {
-        "projection": "conv",
-        "use_bias": False,
-        "concat": "mean_max",
-        "norm_momentum": 0.1,
-    },
-    "plain": {
-        "projection": "conv",
-        "use_bias": False,
-        "concat": "mean_max",
-        "spatial_norm": False,
-    },
-    "prose": {"spatial_norm": False, "spatial_bias": True},
-}
+from gam_torch.attention.variants import CBAM_VARIANTS
 
 
 class ChannelGate(nn.Module):
@@ -182,7 +166,7 @@ class CBAM(nn.Module):
     @classmethod
     def from_variant(cls, variant: str, channels: int, **overrides: Any) -> CBAM:
         """The block of a named source, see above; `overrides` are constructor arguments."""
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(CBAM_VARIANTS, variant, overrides))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         check_channels("CBAM", x.shape, self.channels)

@@ -17,18 +17,10 @@ from gam_torch.attention.common import (
     hidden_channels,
     variant_options,
 )
+from gam_torch.attention.variants import GAM_VARIANTS
 
 SHUFFLE_GROUPS = 4
 """Every published rewrite shuffles channels in four groups, whatever its other numbers."""
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "gated": {"channel_gate": "sigmoid"},
-    "grouped": {"groups": 4, "shuffle": "gate"},
-    "replicate": {"padding_mode": "replicate"},
-    "shuffled": {"channel_gate": "sigmoid", "shuffle": "features"},
-    "paper": {"channel_gate": "sigmoid", "ratio": 16},
-}
 
 
 class ChannelAttention(nn.Module):
@@ -221,7 +213,7 @@ class GAM(nn.Module):
         """The GAM of a named family, see above; `overrides` are constructor arguments."""
         if variant == "grouped" and "ratio" in overrides:
             overrides = {"groups": overrides["ratio"], **overrides}
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(GAM_VARIANTS, variant, overrides))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         check_channels("GAM", x.shape, self.channels)

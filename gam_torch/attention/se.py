@@ -16,12 +16,7 @@ from gam_torch.attention.common import (
     hidden_channels,
     variant_options,
 )
-
-VARIANTS: dict[str, dict[str, Any]] = {
-    "reference": {},
-    "torchvision": {"projection": "conv", "use_bias": True},
-    "mobilenet_v3": {"projection": "conv", "use_bias": True, "gate": "hard_sigmoid"},
-}
+from gam_torch.attention.variants import SE_VARIANTS
 
 GATES = {"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid}
 
@@ -76,7 +71,7 @@ class SqueezeExcitation(nn.Module):
     @classmethod
     def from_variant(cls, variant: str, channels: int, **overrides: Any) -> SqueezeExcitation:
         """The block of a named source, see above; `overrides` are constructor arguments."""
-        return cls(channels, **variant_options(VARIANTS, variant, overrides))
+        return cls(channels, **variant_options(SE_VARIANTS, variant, overrides))
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
         check_channels("SqueezeExcitation", x.shape, self.channels)
