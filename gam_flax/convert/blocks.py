@@ -1,0 +1,430 @@
+"""Which attention blocks a checkpoint holds, and what its weights cannot tell."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from gam_flax.convert import leaves
+from gam_flax.convert.checkpoint import Checkpoint, from_mapping, from_module, read_checkpoint
+from gam_flax.convert.errors import CheckpointError, shorten
+from gam_flax.convert.layouts import LAYOUTS, UNSEEN, VARIANTS, Layout, Mismatch, behaviour
+
+FAMILIES = {
+    "reference": "A",
+    "gated": "B",
+    "grouped": "C",
+    "replicate": "D",
+    "shuffled": "F",
+}
+"""The letters of GAM's families, as `docs/families.md` has them; C without groups is C0."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """An attention block found in a checkpoint.
+
+    prefix: the path of the block; "" where the whole file is the block.
+    kind: "gam", "cbam", "se" or "bam".
+    layout: how it is stored, see `layouts`.
+    variants: what the weights could mean; one name where that is settled.
+    options: the constructor's arguments that the weights show, channels first.
+    layers: path of each layer in the file → its canonical path.
+    refusal: for something that has the names of a block and is none: what it is instead, or
+        what does not fit. Such a block is not converted.
+    """
+
+    prefix: str
+    kind: str
+    layout: str
+    variants: tuple[str, ...]
+    options: Mapping[str, Any]
+    layers: Mapping[str, str]
+    refusal: str | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.options["channels"]
+
+    @property
+    def ratio(self) -> float:
+        return self.options["ratio"]
+
+    @property
+    def groups(self) -> int:
+        return self.options.get("groups", 1)
+
+    @property
+    def kernel_size(self) -> int | None:
+        return self.options.get("kernel_size")
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The letters of the GAM families it could be; the variants' names for other blocks."""
+        if self.kind != "gam":
+            return self.variants
+        ungrouped = self.groups == 1
+        return tuple("C0" if v == "grouped" and ungrouped else FAMILIES[v] for v in self.variants)
+
+    @property
+    def ambiguous(self) -> bool:
+        return len(self.variants) > 1
+
+    def arguments(self, variant: str) -> dict[str, Any]:
+        """The constructor's arguments for this block, read as `variant`."""
+        return {**self.options, **behaviour(self.kind, variant)}
+
+    def __str__(self) -> str:
+        name = shorten(self.prefix) or "(the whole file)"
+        if self.refusal:
+            return f"{name}: not a {self.kind.upper()} this package knows: {self.refusal}"
+        numbers = ", ".join(f"{key} {value}" for key, value in self.options.items())
+        names = " or ".join(
+            variant if family == variant else f"{variant} ({family})"
+            for variant, family in zip(self.variants, self.families, strict=True)
+        )
+        return f"{name}: {self.kind.upper()}, layout {self.layout}, {names}; {numbers}"
+
+
+def open_source(source: Any) -> Checkpoint:
+    """A `Checkpoint` of whatever the user has: a path, a state_dict, a torch module, itself.
+
+    Files in Flax's own layout come back in torch's, so that all that follows sees one layout.
+    """
+    if isinstance(source, Checkpoint):
+        checkpoint = source
+    elif isinstance(source, Mapping):
+        checkpoint = from_mapping(source)
+    elif hasattr(source, "state_dict") and hasattr(source, "named_modules"):
+        checkpoint = from_module(source)
+        told = _told_by_module(source, checkpoint.stripped)
+        checkpoint = replace(checkpoint, metadata={"variants": json.dumps(told)})
+    else:
+        checkpoint = read_checkpoint(source)
+    if "norms" in checkpoint.metadata and not checkpoint.norms:
+        checkpoint = replace(checkpoint, norms=_norms_of_metadata(checkpoint))
+    if checkpoint.layout == "flax":
+        tensors = {
+            leaves.torch_name(name): leaves.to_torch_layout(name, array)
+            for name, array in checkpoint.tensors.items()
+        }
+        return replace(checkpoint, tensors=tensors, layout="torch")
+    return checkpoint
+
+
+def _norms_of_metadata(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:
+    """eps and momentum of the norms as `convert_file` wrote them."""
+    norms = _table(checkpoint, "norms")
+    for norm in norms.values():
+        numbers = norm.values() if isinstance(norm, dict) else ["not a table"]
+        if not all(value is None or isinstance(value, float | int) for value in numbers):
+            raise CheckpointError(f"{checkpoint.path}: its metadata entry 'norms' is broken")
+    return norms
+
+
+def _table(checkpoint: Checkpoint, entry: str) -> dict[str, Any]:
+    """A table that this package writes into the metadata of a file, as JSON."""
+    try:
+        table = json.loads(checkpoint.metadata.get(entry, "{}"))
+    except (json.JSONDecodeError, RecursionError):
+        table = None
+    if not isinstance(table, dict):
+        raise CheckpointError(f"{checkpoint.path}: its metadata entry {entry!r} is not a table")
+    return table
+
+
+def variant_of(kind: str, options: Mapping[str, Any]) -> str | None:
+    """The first variant of `kind` that agrees with `options` on what no weight shows."""
+    wanted = {name: options[name] for name in UNSEEN[kind]}
+    return next((v for v in VARIANTS[kind] if behaviour(kind, v) == wanted), None)
+
+
+def told_by_attributes(module: Any) -> tuple[str, dict[str, Any]] | None:
+    """Kind and unseen arguments of a live block of ours, in either framework; None for others."""
+    kind = {"GAM": "gam", "CBAM": "cbam", "SqueezeExcitation": "se", "BAM": "bam"}.get(
+        type(module).__name__
+    )
+    if kind is None or not all(hasattr(module, name) for name in UNSEEN[kind]):
+        return None
+    return kind, {name: getattr(module, name) for name in UNSEEN[kind]}
+
+
+def _told_by_module(module: Any, stripped: tuple[str, ...]) -> dict[str, str]:
+    """Which variant each live block of ours is: path, without what was stripped, → name."""
+    told = {}
+    for path, child in module.named_modules():
+        for wrapper in stripped:
+            path = path.removeprefix(wrapper)
+        found = told_by_attributes(child)
+        variant = variant_of(*found) if found else None
+        if variant:
+            told[path] = variant
+    return told
+
+
+def identify(source: Any) -> list[Block]:
+    """Every GAM, CBAM, SE and BAM in `source`, at any depth, in the order of the file.
+
+    Args:
+        source: a path, a state_dict, a `Checkpoint` or a torch module.
+
+    Returns:
+        Blocks. `block.variants` has more than one name where the weights cannot decide (GAM's
+        families A, B, C0 and F have the same weights); `block.refusal` says why a look-alike
+        is none. A variant written into the file by this package counts as decided.
+
+    Raises:
+        CheckpointError: the file cannot be read, or a block is there in two layouts at once.
+    """
+    checkpoint = open_source(source)
+    shapes = {key: array.shape for key, array in checkpoint.tensors.items()}
+    paths = {leaves.split(key)[0]: None for key in shapes}
+    told = _told_by_metadata(checkpoint)
+    blocks: list[Block] = []
+    claimed: set[str] = set()
+    for layout, prefix in _candidates(paths):
+        layers = {leaves.join(prefix, old): new for old, new in layout.layers.items()}
+        if not claimed.isdisjoint(layers):
+            _check_not_twice(blocks, prefix, layout, layers, checkpoint)
+            continue
+        try:
+            options = layout.describe(_canonical_shapes(layers, shapes))
+        except Mismatch as mismatch:
+            if not layout.distinctive:
+                continue
+            block = Block(prefix, layout.kind, layout.name, (), {}, layers, str(mismatch))
+        else:
+            variants = _possible(layout, options, told.get(prefix))
+            options.update(_norm_settings(checkpoint, layers))
+            block = Block(prefix, layout.kind, layout.name, variants, options, layers)
+        blocks.append(block)
+        claimed.update(layers)
+    blocks += _look_alikes(paths, shapes, claimed)
+    order = {path: i for i, path in enumerate(paths)}
+    return sorted(blocks, key=lambda b: min(order[path] for path in b.layers))
+
+
+@lru_cache
+def _anchor(layout: int) -> re.Pattern[str]:
+    first = next(iter(LAYOUTS[layout].layers))
+    return re.compile(rf"(?:(.*)\.)?{re.escape(first)}", re.DOTALL)
+
+
+def _candidates(paths: Mapping[str, Any]) -> Iterator[tuple[Layout, str]]:
+    """Layouts whose layers are all there, the ones with most layers first."""
+    ranked = sorted(range(len(LAYOUTS)), key=lambda i: -len(LAYOUTS[i].layers))
+    for number in ranked:
+        layout = LAYOUTS[number]
+        required = [old for old, new in layout.layers.items() if new != OPTIONAL_LAYER[layout.kind]]
+        for path in paths:
+            found = _anchor(number).fullmatch(path)
+            if found is None:
+                continue
+            prefix = found[1] or ""
+            if all(leaves.join(prefix, layer) in paths for layer in required):
+                yield layout, prefix
+
+
+OPTIONAL_LAYER = {"gam": None, "cbam": "spatial_attention.norm", "se": None, "bam": None}
+
+
+def _canonical_shapes(
+    layers: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    canonical = {
+        f"{new}.{leaf}": shapes[f"{old}.{leaf}"]
+        for old, new in layers.items()
+        for leaf in ("weight", "bias")
+        if f"{old}.{leaf}" in shapes
+    }
+    for new in layers.values():
+        if f"{new}.weight" not in canonical and not new.endswith(".norm"):
+            raise Mismatch(f"{new} has no weight")
+    return canonical
+
+
+def _possible(layout: Layout, options: Mapping[str, Any], told: str | None) -> tuple[str, ...]:
+    """The variants left, given the shapes and what the file itself says."""
+    variants = layout.variants
+    if layout.kind == "gam" and options["groups"] > 1 and layout.name != "canonical":
+        variants = ("grouped",)
+    if layout.kind == "gam" and options["channels"] % 4:
+        variants = tuple(v for v in variants if behaviour("gam", v)["shuffle"] is None)
+    if told is None:
+        return variants
+    return tuple(v for v in variants if behaviour(layout.kind, v) == behaviour(layout.kind, told))
+
+
+def _told_by_metadata(checkpoint: Checkpoint) -> dict[str, str]:
+    """What `save` and `gam-flax convert` wrote about variants: path → name."""
+    told = _table(checkpoint, "variants")
+    for prefix, name in told.items():
+        if not any(name in known for known in VARIANTS.values() if isinstance(name, str)):
+            raise CheckpointError(
+                f"{checkpoint.path}: its metadata call {shorten(prefix)} {shorten(name)!r}, "
+                "which is no variant"
+            )
+    return told
+
+
+def _norm_settings(checkpoint: Checkpoint, layers: Mapping[str, str]) -> dict[str, Any]:
+    """eps and momentum of the block's norms, where the file has them and they agree."""
+    found = [checkpoint.norms[old] for old in layers if old in checkpoint.norms]
+    settings: dict[str, Any] = {}
+    for name in ("eps", "momentum"):
+        values = {norm.get(name) for norm in found}
+        if found and len(values) == 1:
+            settings[f"norm_{name}"] = values.pop()
+    return settings
+
+
+def _check_not_twice(
+    blocks: list[Block],
+    prefix: str,
+    layout: Layout,
+    layers: Mapping[str, str],
+    checkpoint: Checkpoint,
+) -> None:
+    """A block stored in two layouts at once: both would get the same canonical names."""
+    for block in blocks:
+        same = block.prefix == prefix and block.kind == layout.kind
+        if same and not block.refusal and len(set(layers) - set(block.layers)) > 0:
+            both = next(old for old in layers if old not in block.layers)
+            raise CheckpointError(
+                f"{checkpoint.path or 'the state_dict'}: {shorten(both)} and the layout "
+                f"{block.layout} of {shorten(prefix) or 'the file'} would get the same names; "
+                "take one of them out"
+            )
+
+
+def _look_alikes(
+    paths: Mapping[str, Any], shapes: Mapping[str, tuple[int, ...]], claimed: set[str]
+) -> Iterator[Block]:
+    """What has the names of a GAM and no known layout, with what it is as far as one can tell."""
+    owners: dict[str, dict[str, str]] = {}
+    pattern = re.compile(
+        r"(?:(.*)\.)?(?:(channel_attention|channels_attnetion|cam)|(spatial_attention|sam))"
+        r"\.[^.]+(?:\..*)?",
+        re.DOTALL,
+    )
+    halves: dict[str, set[str]] = {}
+    for path in paths:
+        found = pattern.fullmatch(path)
+        if found is None or path in claimed:
+            continue
+        prefix = found[1] or ""
+        owners.setdefault(prefix, {})[path] = path
+        halves.setdefault(prefix, set()).add("channel" if found[2] else "spatial")
+    for prefix, layers in owners.items():
+        if halves[prefix] == {"channel", "spatial"}:
+            reason = _what_it_is(prefix, layers, shapes)
+            yield Block(prefix, "gam", "unknown", (), {}, layers, reason)
+
+
+def _what_it_is(
+    prefix: str, layers: Mapping[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> str:
+    def shape(layer: str) -> tuple[int, ...]:
+        return shapes.get(leaves.join(prefix, f"{layer}.weight"), ())
+
+    if len(shape("channel_attention.fc")) == 4 and shape("spatial_attention.cv1")[1:2] == (2,):
+        return "it is ultralytics' CBAM: one 1×1 convolution of the average, no perceptron"
+    spatial = [
+        shapes.get(f"{layer}.weight", ())
+        for layer in layers
+        if re.search(r"(^|\.)(spatial_attention|sam)\.", layer)
+    ]
+    if any(len(s) == 4 and s[1] == 2 for s in spatial):
+        return "its spatial convolution sees two maps: a CBAM in a layout that is not known here"
+    if len(shape("spatial_attention.0")) == 4 and len(shape("spatial_attention.1")) == 4:
+        return "it is a GAM without BatchNorm, which is not supported"
+    if any(len(s) in (3, 5) for s in spatial):
+        return "its convolutions are 1-D or 3-D; only 2-D ones are supported"
+    if any(re.search(r"(^|\.)(cam|sam)\.", layer) for layer in layers):
+        return "it computes both gates from its input, side by side, which is not supported"
+    return "its layers are " + ", ".join(shorten(layer, 40) for layer in list(layers)[:4])
+
+
+def renames(blocks: list[Block]) -> dict[str, str]:
+    """Path of each layer of the blocks in the file → its canonical path."""
+    return {
+        old: leaves.join(block.prefix, new)
+        for block in blocks
+        if not block.refusal
+        for old, new in block.layers.items()
+    }
+
+
+def canonical_tensors(checkpoint: Checkpoint, blocks: list[Block]) -> dict[str, np.ndarray]:
+    """The tensors of `checkpoint` with the layers of `blocks` under their canonical names.
+
+    Raises:
+        CheckpointError: two keys get the same name.
+    """
+    names = renames(blocks)
+    tensors: dict[str, np.ndarray] = {}
+    origin: dict[str, str] = {}
+    for key, array in checkpoint.tensors.items():
+        path, leaf = leaves.split(key)
+        name = leaves.join(names.get(path, path), leaf)
+        if name in tensors:
+            raise CheckpointError(
+                f"{checkpoint.path or 'the state_dict'}: {shorten(origin[name])} and "
+                f"{shorten(key)} both become {shorten(name)}; take one of them out"
+            )
+        tensors[name] = array
+        origin[name] = key
+    return tensors
+
+
+def decide(
+    blocks: list[Block], variant: str | Mapping[str, str] | None, where: str
+) -> dict[str, str]:
+    """The variant of each block that is not refused: prefix → name.
+
+    Args:
+        variant: the user's word: one name for all blocks that know it, or kind → name.
+
+    Raises:
+        CheckpointError: a block is ambiguous and no word was given, or the word contradicts
+            what the weights show.
+    """
+    chosen: dict[str, str] = {}
+    for block in blocks:
+        if block.refusal:
+            continue
+        word = variant.get(block.kind) if isinstance(variant, Mapping) else variant
+        if word is not None and word not in VARIANTS[block.kind]:
+            if isinstance(variant, Mapping) or not any(word in v for v in VARIANTS.values()):
+                raise CheckpointError(
+                    f"{where}: variant {shorten(word)!r} is none of {block.kind.upper()}'s: "
+                    f"{', '.join(VARIANTS[block.kind])}"
+                )
+            word = None
+        chosen[block.prefix] = _decide_one(block, word, where)
+    return chosen
+
+
+def _decide_one(block: Block, word: str | None, where: str) -> str:
+    name = shorten(block.prefix) or "the block"
+    if word is None:
+        if block.ambiguous:
+            raise CheckpointError(
+                f"{where}: {name} could be {' or '.join(block.variants)}: their weights look the "
+                f"same and compute different functions; say which with variant= "
+                "(--variant), or let `gam-flax verify` decide from a saved input and output"
+            )
+        return block.variants[0]
+    wanted = behaviour(block.kind, word)
+    if all(behaviour(block.kind, v) != wanted for v in block.variants):
+        raise CheckpointError(
+            f"{where}: {name} is {' or '.join(block.variants)} (layout {block.layout}, groups "
+            f"{block.groups}), not {word!r}"
+        )
+    return word

@@ -1,0 +1,225 @@
+"""What a comparison found: rows in the order in which a network computes, and their verdict."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from itertools import groupby
+from typing import Any
+
+STAGES = (
+    "parameters",
+    "forward",
+    "output",
+    "input gradient",
+    "gradients",
+    "running statistics",
+)
+
+_EXCERPT = 12  # rows that `str` shows around the first divergence
+_STYLES = {"ok": "green", "noise": "dim"}
+_COLUMNS = ("stage", "path", "shape", "max error", "rms error", "torch", "Flax", "verdict")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One tensor of both models.
+
+    stage: one of `STAGES`.
+    path: the layer's path or the tensor's key as torch has it, Flax's where torch has none; ""
+        for the model's input and output. "#2" marks the second call, "[0]" the first of a tuple.
+    shape: in Flax's layout.
+    dtype: in which it was compared; of parameters and buffers the one that torch keeps.
+    max_error, rms_error: of Flax against torch, divided by the tensor's scale.
+    torch_error, flax_error: the largest error of each against the float64 run, divided by the
+        scale; in float64 torch is that run, and its error is 0.
+    verdict: "ok"; "noise", rounding noise on both sides; or a divergence: "fail", "shape",
+        "nan" (where the other has a number), "missing" (no partner), "raised" (Flax's forward).
+    note: what the numbers do not say: both shapes, what was allowed, the exception.
+    """
+
+    stage: str
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    max_error: float
+    rms_error: float
+    torch_error: float
+    flax_error: float
+    verdict: str
+    note: str = ""
+
+    @property
+    def ok(self) -> bool:
+        """Whether the row counts as agreement."""
+        return self.verdict in _STYLES
+
+    def cells(self) -> tuple[str, ...]:
+        """The row as text, one string for each column of the table."""
+        errors = (self.max_error, self.rms_error, self.torch_error, self.flax_error)
+        shape = "×".join(map(str, self.shape)) or "scalar"
+        verdict = f"{self.verdict}: {self.note}" if self.note else self.verdict
+        return (self.stage, self.path or "(model)", shape, *map(_number, errors), verdict)
+
+
+@dataclass(frozen=True)
+class Unmatched:
+    """What one model has and the other has not: `side` "torch" or "flax", `kind` "layer",
+    "parameter" or "buffer"."""
+
+    side: str
+    kind: str
+    path: str
+
+    def __str__(self) -> str:
+        return f"{self.side} {self.kind} {self.path}"
+
+
+@dataclass(frozen=True)
+class ParityReport:
+    """All rows of a comparison.
+
+    rows: in the order of `STAGES`; inside "forward" as torch computed them.
+    unmatched: what has no partner. A parameter without one is a divergence and has a row, too;
+        layers (an activation that is a function on the other side) and buffers are listed only.
+    dtype, train, multiple: as `compare` was called.
+    """
+
+    rows: tuple[Row, ...]
+    unmatched: tuple[Unmatched, ...]
+    dtype: str
+    train: bool
+    multiple: float
+
+    @property
+    def ok(self) -> bool:
+        """Whether no row diverges."""
+        return self.first_divergence is None
+
+    @property
+    def first_divergence(self) -> Row | None:
+        """The first row that diverges, or None."""
+        return next((row for row in self.rows if not row.ok), None)
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        mode = f"{self.dtype}, {'train' if self.train else 'eval'}"
+        first = self.first_divergence
+        if first is None:
+            return f"parity: all {len(self.rows)} rows agree ({mode})"
+        failed = sum(not row.ok for row in self.rows)
+        where = f"{first.stage} {first.path}".rstrip()
+        return f"no parity: {failed} of {len(self.rows)} rows diverge ({mode}), first {where}"
+
+    def to_json(self) -> str:
+        """The report as one JSON object; errors that are not finite are strings ("inf", "nan")."""
+        first = self.first_divergence
+        content = {
+            "ok": self.ok,
+            "dtype": self.dtype,
+            "train": self.train,
+            "multiple": self.multiple,
+            "first_divergence": None if first is None else self.rows.index(first),
+            "rows": [_jsonable(asdict(row)) for row in self.rows],
+            "unmatched": [asdict(item) for item in self.unmatched],
+        }
+        return json.dumps(content, allow_nan=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> ParityReport:
+        """The report that `to_json` wrote."""
+        content = json.loads(text)
+        return cls(
+            rows=tuple(Row(**_from_jsonable(row)) for row in content["rows"]),
+            unmatched=tuple(Unmatched(**item) for item in content["unmatched"]),
+            dtype=content["dtype"],
+            train=content["train"],
+            multiple=content["multiple"],
+        )
+
+    def to_markdown(self) -> str:
+        """The headline, a table of all rows, the first divergence in bold, and what has no
+        partner."""
+        first = self.first_divergence
+        lines = [f"{self.headline}.", "", _markdown(_COLUMNS), _markdown(["---"] * len(_COLUMNS))]
+        for row in self.rows:
+            cells = [cell.replace("|", "\\|") for cell in row.cells()]
+            lines.append(_markdown([f"**{c}**" if row is first else c for c in cells]))
+        if self.unmatched:
+            lines += ["", f"Without a partner: {', '.join(map(str, self.unmatched))}."]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        """The headline; then each stage in a line, or the rows around the first divergence."""
+        first = self.first_divergence
+        lines = [self.headline]
+        if first is None:
+            lines += [f"  {line}" for line in self._stages()]
+        else:
+            start = max(self.rows.index(first) - 3, 0)
+            shown = self.rows[start : start + _EXCERPT]
+            lines += _aligned([_COLUMNS, *(row.cells() for row in shown)], mark=shown.index(first))
+            if len(self.rows) > len(shown):
+                lines.append(f"  rows {start + 1} to {start + len(shown)} of {len(self.rows)}")
+        if self.unmatched:
+            lines.append(f"  without a partner: {', '.join(map(str, self.unmatched))}")
+        return "\n".join(lines)
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table(*_COLUMNS, title=self.headline, title_justify="left")
+        first = self.first_divergence
+        for _, group in groupby(self.rows, key=lambda row: row.stage):
+            rows = list(group)
+            for i, row in enumerate(rows):
+                stage, *cells = row.cells()
+                style = "bold red" if row is first else _STYLES.get(row.verdict, "red")
+                table.add_row(
+                    "" if i else stage, *cells, style=style, end_section=row is rows[-1]
+                )
+        if self.unmatched:
+            table.caption = f"without a partner: {', '.join(map(str, self.unmatched))}"
+        return table
+
+    def _stages(self) -> Iterator[str]:
+        for stage, group in groupby(self.rows, key=lambda row: row.stage):
+            rows = list(group)
+            worst = max(row.max_error for row in rows)
+            noise = sum(row.verdict == "noise" for row in rows)
+            tail = f", {noise} of pure rounding noise" if noise else ""
+            yield f"{stage}: {len(rows)} rows, largest error {_number(worst)} of scale{tail}"
+
+
+def _number(error: float) -> str:
+    return "0" if error == 0 else f"{error:.1e}"
+
+
+def _markdown(cells: Any) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _aligned(table: list[tuple[str, ...]], mark: int) -> list[str]:
+    """The rows in columns of even width, the one at `mark` (not counting the head) pointed at."""
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    lines = []
+    for i, cells in enumerate(table):
+        text = "  ".join(c.ljust(w) for c, w in zip(cells, widths, strict=True)).rstrip()
+        lines.append(f"{'>' if i == mark + 1 else ' '} {text}")
+    return lines
+
+
+def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
+    return {
+        name: str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in row.items()
+    }
+
+
+def _from_jsonable(row: dict[str, Any]) -> dict[str, Any]:
+    floats = {field.name for field in fields(Row) if field.type == "float"}
+    read = {name: float(value) if name in floats else value for name, value in row.items()}
+    return {**read, "shape": tuple(row["shape"])}

@@ -1,0 +1,131 @@
+"""A torch model, run on a copy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from gam_flax.convert.torch_file import to_numpy
+from gam_flax.parity.trace import (
+    Calls,
+    Trace,
+    channels_first,
+    channels_last,
+    cotangent,
+    tensors,
+    wide,
+)
+
+
+def weights(model: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Parameters and buffers as they are, in torch's names, layout and dtypes."""
+    parameters = {key: to_numpy(tensor, key) for key, tensor in model.named_parameters()}
+    buffers = {key: to_numpy(tensor, key) for key, tensor in model.named_buffers()}
+    return parameters, buffers
+
+
+def run(
+    model: Any, x: np.ndarray, *, dtype: str, rounded_to: str, train: bool, gradients: bool
+) -> Trace:
+    """One forward, and one backward where `gradients` are wanted, of a copy of `model` on the CPU.
+
+    Weights and input are rounded to `rounded_to` and computed with in `dtype`. The random state
+    is put back.
+
+    Args:
+        x: (B, *space, C).
+
+    Raises:
+        ValueError: the forward draws random numbers.
+    """
+    import torch
+
+    def cast(tensor: Any) -> Any:
+        if not tensor.is_floating_point():
+            return tensor
+        return tensor.to(getattr(torch, rounded_to)).to(getattr(torch, dtype))
+
+    copy = deepcopy(model).to("cpu", getattr(torch, rounded_to)).to(getattr(torch, dtype))
+    copy.train(train)
+    for parameter in copy.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
+    pixels = cast(torch.from_numpy(channels_first(x).copy()))
+    pixels.requires_grad_(gradients and pixels.is_floating_point())
+
+    calls = Calls(keep=_numpy)
+    with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
+        _watch(copy, calls, _refuse_draws(torch.get_rng_state()))
+        outputs = dict(tensors(copy(pixels)))
+    trace = Trace(
+        layers=calls.outputs,
+        outputs={part: channels_last(_numpy(tensor)) for part, tensor in outputs.items()},
+        statistics={key: _numpy(tensor) for key, tensor in copy.named_buffers()},
+    )
+    if gradients:
+        _backward(copy, pixels, outputs, trace)
+    return trace
+
+
+def _watch(model: Any, calls: Calls, check: Callable[[str], None]) -> None:
+    """Notes the output of every layer; `check` is called with the layer that was just running."""
+    for path, module in model.named_modules():
+        parent = path.rpartition(".")[0]
+        module.register_forward_pre_hook(lambda *_, parent=parent: check(parent))
+        module.register_forward_hook(lambda *_, path=path: check(path))
+        if path:
+            module.register_forward_hook(partial(_note, calls, path))
+
+
+def _note(calls: Calls, path: str, module: Any, args: Any, output: Any) -> None:
+    calls.add(path, output)
+
+
+def _refuse_draws(start: Any) -> Callable[[str], None]:
+    """A check that torch's random state is still `start`."""
+    import torch
+
+    def check(path: str) -> None:
+        if not torch.equal(torch.get_rng_state(), start):
+            raise ValueError(
+                f"{path or 'the torch model'} draws random numbers, which two frameworks cannot "
+                "draw alike: compare with train=False, or set its probability to 0"
+            )
+
+    return check
+
+
+def _backward(model: Any, pixels: Any, outputs: dict[str, Any], trace: Trace) -> None:
+    """Fills in the gradients of Σ output · cotangent."""
+    import torch
+
+    roots = {part: tensor for part, tensor in outputs.items() if tensor.requires_grad}
+    wanted = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    leaves = [*wanted.values(), *([pixels] if pixels.requires_grad else [])]
+    found: tuple[Any, ...] = (None,) * len(leaves)
+    if roots and leaves:
+        weights = [
+            torch.from_numpy(channels_first(cotangent(part, trace.outputs[part].shape)).copy())
+            for part in roots
+        ]
+        found = torch.autograd.grad(
+            list(roots.values()),
+            leaves,
+            [w.to(root.dtype) for w, root in zip(weights, roots.values(), strict=True)],
+            allow_unused=True,
+        )
+    arrays = [
+        np.zeros(tuple(leaf.shape)) if gradient is None else _numpy(gradient)
+        for leaf, gradient in zip(leaves, found, strict=True)
+    ]
+    trace.gradients = dict(zip(wanted, arrays, strict=False))
+    if pixels.requires_grad:
+        trace.input_gradient = channels_last(arrays[-1])
+
+
+def _numpy(tensor: Any) -> np.ndarray:
+    """A copy in float64 or complex128: torch may write over the original later."""
+    return wide(to_numpy(tensor, "an output")).copy()
