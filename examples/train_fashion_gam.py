@@ -29,8 +29,8 @@ from rich.progress import Progress, TextColumn
 
 from gam_torch import create_model
 
-MODEL = "resnet8"
 ARGUMENTS = {
+    "name": "resnet8",
     "attention": "gam",
     "attention_options": {"ratio": 4},
     "attention_at": [1, 2, 3],
@@ -105,7 +105,7 @@ def accuracy(model: torch.nn.Module, images: np.ndarray, labels: np.ndarray) -> 
 def train(train_set, test_set, epochs: int, batch: int, run: Path) -> torch.nn.Module:
     torch.manual_seed(0)
     images, labels = train_set
-    model = create_model(MODEL, **ARGUMENTS).to(memory_format=torch.channels_last)
+    model = create_model(**ARGUMENTS).to(memory_format=torch.channels_last)
     steps = len(images) // batch
     optimizer, schedule = make_optimizer(model, epochs, steps)
     generator = torch.Generator().manual_seed(0)
@@ -151,11 +151,12 @@ def train(train_set, test_set, epochs: int, batch: int, run: Path) -> torch.nn.M
 def write(folder: Path, model: torch.nn.Module, test_set, test_accuracy: float) -> None:
     """The checkpoint, which names its network, and the first 200 test images."""
     about = {
-        "model": MODEL,
+        "build": "create_model",
         "arguments": json.dumps(ARGUMENTS),
+        "variants": json.dumps({f"attention{stage}": "reference" for stage in (1, 2, 3)}),
         "mean": str(MEAN),
         "std": str(STD),
-        "classes": CLASSES,
+        "classes": json.dumps(CLASSES),
         "test_accuracy": f"{test_accuracy:.4f}",
     }
     folder.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -188,26 +188,33 @@ def identify(source: Any) -> list[Block]:
     told = _told_by_metadata(checkpoint)
     blocks: list[Block] = []
     claimed: set[str] = set()
-    for layout, prefix in _candidates(paths):
-        layers = {leaves.join(prefix, old): new for old, new in layout.layers.items()}
-        if not claimed.isdisjoint(layers):
-            _check_not_twice(blocks, prefix, layout, layers, checkpoint)
-            continue
-        try:
-            options = layout.describe(_canonical_shapes(layers, shapes))
-        except Mismatch as mismatch:
-            if not layout.distinctive:
+
+    def take(candidates: Iterator[tuple[Layout, str]]) -> None:
+        for layout, prefix in candidates:
+            layers = {leaves.join(prefix, old): new for old, new in layout.layers.items()}
+            if not claimed.isdisjoint(layers):
+                _check_not_twice(blocks, prefix, layout, layers, checkpoint)
                 continue
-            block = Block(prefix, layout.kind, layout.name, (), {}, layers, str(mismatch))
-        else:
-            variants = _possible(layout, options, told.get(prefix))
-            options.update(_norm_settings(checkpoint, layers))
-            block = Block(prefix, layout.kind, layout.name, variants, options, layers)
+            try:
+                options = layout.describe(_canonical_shapes(layers, shapes))
+            except Mismatch as mismatch:
+                if not layout.distinctive:
+                    continue
+                block = Block(prefix, layout.kind, layout.name, (), {}, layers, str(mismatch))
+            else:
+                variants = _possible(layout, options, told.get(prefix))
+                options.update(_norm_settings(checkpoint, layers))
+                block = Block(prefix, layout.kind, layout.name, variants, options, layers)
+            blocks.append(block)
+            claimed.update(layers)
+
+    take(_candidates(paths, lambda layout: layout.kind != "se"))
+    for block in _look_alikes(paths, shapes, claimed):
         blocks.append(block)
-        claimed.update(layers)
-    blocks += _look_alikes(paths, shapes, claimed)
+        claimed.update(block.layers)
+    take(_candidates(paths, lambda layout: layout.kind == "se"))  # fc1 and fc2 are in many things
     order = {path: i for i, path in enumerate(paths)}
-    return sorted(blocks, key=lambda b: min(order[path] for path in b.layers))
+    return sorted(blocks, key=lambda b: min(order[path] for path in b.layers if path in order))
 
 
 @lru_cache
@@ -216,10 +223,12 @@ def _anchor(layout: int) -> re.Pattern[str]:
     return re.compile(rf"(?:(.*)\.)?{re.escape(first)}", re.DOTALL)
 
 
-def _candidates(paths: Mapping[str, Any]) -> Iterator[tuple[Layout, str]]:
+def _candidates(
+    paths: Mapping[str, Any], wanted: Callable[[Layout], bool]
+) -> Iterator[tuple[Layout, str]]:
     """Layouts whose layers are all there, the ones with most layers first."""
     ranked = sorted(range(len(LAYOUTS)), key=lambda i: -len(LAYOUTS[i].layers))
-    for number in ranked:
+    for number in filter(lambda i: wanted(LAYOUTS[i]), ranked):
         layout = LAYOUTS[number]
         required = [old for old, new in layout.layers.items() if new != OPTIONAL_LAYER[layout.kind]]
         for path in paths:

@@ -16,11 +16,7 @@ _ONLY = "only PyTorch and safetensors checkpoints are read"
 _STRANGERS = (
     (0, b"version https://git-lfs", "a git-lfs pointer, not the file itself: run git lfs pull"),
     (0, b"<", "a web page: download the file itself"),
-    (
-        257,
-        b"ustar",
-        f"a tar archive; if torch.save wrote it (2016), load it there and {SAVE_AGAIN}",
-    ),
+    (257, b"ustar", f"a tar archive; if it is torch.save's of 2016, load it there, {SAVE_AGAIN}"),
     (0, b"\x89HDF", f"an HDF5 file (Keras?); {_ONLY}"),
     (0, b"\x93NUMPY", f"a single numpy array; {_ONLY}"),
     (0, b"GGUF", f"a GGUF file; {_ONLY}"),
@@ -30,11 +26,7 @@ _STRANGERS = (
     (0, b"\xfd7zXZ", "compressed with xz: unpack it first"),
     (0, b"7z\xbc\xaf", "a 7z archive: unpack it first"),
     (0, b"Rar!", "a RAR archive: unpack it first"),
-    (
-        0,
-        b"\x80",
-        f"a pickle that torch.save did not write, or cut off: where it loads, {SAVE_AGAIN}",
-    ),
+    (0, b"\x80", f"a pickle that torch.save did not write: where it loads, {SAVE_AGAIN}"),
 )
 _SUFFIXES = {
     ".onnx": f"an ONNX model; {_ONLY}",
@@ -44,7 +36,7 @@ _SUFFIXES = {
 
 
 def file_kind(path: str) -> str:
-    """ "zip" or "legacy" (torch.save), "safetensors", or "json" (perhaps the index of shards).
+    """One of "zip" and "legacy" (torch.save's), "safetensors", and "json", perhaps an index.
 
     Raises `CheckpointError` for everything else, saying what it seems to be.
     """
@@ -59,18 +51,14 @@ def file_kind(path: str) -> str:
         return "zip"
     if _TORCH_MAGIC in head[:32]:
         return "legacy"
-    if head[8:9] == b"{" and any(
-        byte == 0 or byte > 126 for byte in head[:8]
-    ):  # a length, then JSON
+    length, brace = head[:8], head[8:9]
+    if brace == b"{" and any(byte == 0 or byte > 126 for byte in length):  # and so no text
         return "safetensors"
     if text.startswith(b"{"):
         return "json"
     for at, magic, what in _STRANGERS:
         if (head[at:] if at else text).startswith(magic):
             raise CheckpointError(f"seems to be {what}")
-    what = _SUFFIXES.get(os.path.splitext(path)[1].lower())
-    raise CheckpointError(
-        f"seems to be {what}"
-        if what
-        else f"neither PyTorch nor safetensors: it begins {head[:16]!r}"
-    )
+    if what := _SUFFIXES.get(os.path.splitext(path)[1].lower()):
+        raise CheckpointError(f"seems to be {what}")
+    raise CheckpointError(f"neither PyTorch nor safetensors: it begins {head[:16]!r}")

@@ -16,7 +16,7 @@ import threading
 import warnings
 import zipfile
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import ml_dtypes
@@ -72,37 +72,39 @@ def flatten(module: Standin) -> tuple[dict[str, Any], Norms]:
     stack: list[tuple[str, Standin]] = [("", module)]
     while stack:
         prefix, node = stack.pop()
+        parameters, buffers, children = (
+            _entries(node, member) for member in ("_parameters", "_buffers", "_modules")
+        )
+        names = (*parameters, *buffers, *children)
+        walked += 1 + sum(len(prefix) + len(name) + 1 for name in names)
+        if walked > _MAX_WALK:  # before the work, which modules that share their names multiply
+            raise CheckpointError("refused: its model contains itself, or nests without end")
         if (eps := _number(node.state.get("eps"))) is not None:
             norms[prefix[:-1]] = {"eps": eps, "momentum": _number(node.state.get("momentum"))}
-        transient = node.state.get("_non_persistent_buffers_set", ())
-        buffers = ((k, v) for k, v in _entries(node, "_buffers", prefix) if k not in transient)
-        for name, value in (*_entries(node, "_parameters", prefix), *buffers):
+        transient = node.state.get("_non_persistent_buffers_set")
+        if isinstance(transient, set):
+            buffers = {name: value for name, value in buffers.items() if name not in transient}
+        for name, value in (*parameters.items(), *buffers.items()):
             if prefix + name in tensors:
                 raise CheckpointError(f"its model has two tensors '{shorten(prefix + name)}'")
             if value is not None:
                 tensors[prefix + name] = value
-            walked += len(prefix)
-        children = [
-            (f"{prefix}{name}.", child) for name, child in _entries(node, "_modules", prefix)
-        ]
-        stack.extend((path, child) for path, child in reversed(children) if is_module(child))
-        walked += 1 + sum(len(path) for path, _ in children)
-        if walked > _MAX_WALK:
-            raise CheckpointError("refused: its model contains itself, or nests without end")
+        for name, child in reversed(children.items()):
+            if is_module(child):
+                stack.append((f"{prefix}{name}.", child))
     return tensors, norms
 
 
-def _entries(module: Standin, member: str, prefix: str) -> Iterable[tuple[str, Any]]:
+def _entries(module: Standin, member: str) -> dict[str, Any]:
     entries = module.state.get(member)
     if not isinstance(entries, dict):
-        return ()
+        return {}
     for name in entries:
         if not isinstance(name, str):
             raise CheckpointError(
-                f"'{shorten(prefix + member)}' of its model has the name {shorten(repr(name))}, "
-                "which is no string"
+                f"'{member}' in its model has the name {shorten(repr(name))}, which is no string"
             )
-    return entries.items()
+    return entries
 
 
 def _number(value: object) -> float | None:
@@ -113,7 +115,7 @@ def norms_of(module: Any) -> Norms:
     """The settings of a live `torch.nn.Module`'s norms: of every submodule with a number `eps`."""
     return {
         path: {"eps": eps, "momentum": _number(getattr(child, "momentum", None))}
-        for path, child in module.named_modules()
+        for path, child in module.named_modules(remove_duplicate=False)
         if (eps := _number(getattr(child, "eps", None))) is not None
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import astuple, dataclass
 
 import ml_dtypes
 import numpy as np
@@ -15,14 +16,50 @@ FLOAT64_UNIT = 1e-12
 DTYPES = ("float64", "float32", "bfloat16")
 
 
+@dataclass(frozen=True)
+class Gauge:
+    """How far torch, Flax and the oracle are apart in one tensor; `a | b` is the worst of two.
+
+    torch, flax: the largest error against the oracle.
+    apart, rms: the largest and the root mean square difference between torch and Flax.
+    oracle, magnitude: the largest finite magnitude in the oracle and in Flax.
+    nan: whether one of torch and Flax has NaN where the other has a number.
+    """
+
+    torch: float
+    flax: float
+    apart: float
+    rms: float
+    oracle: float
+    magnitude: float
+    nan: bool
+
+    def __or__(self, other: Gauge) -> Gauge:
+        return Gauge(*map(max, astuple(self), astuple(other)))
+
+
+def gauge(torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray) -> Gauge:
+    """Measures three arrays of one shape."""
+    apart = gap(flax, torch)
+    return Gauge(
+        torch=_worst(gap(torch, oracle)),
+        flax=_worst(gap(flax, oracle)),
+        apart=_worst(apart),
+        rms=_rms(apart),
+        oracle=magnitude(oracle),
+        magnitude=magnitude(flax),
+        nan=bool(np.isnan(apart).any()),
+    )
+
+
 class Judge:
-    """Gives each pair of tensors its row.
+    """Gives each pair of tensors its verdict.
 
-        |Flax − oracle| ≤ multiple · max|torch − oracle| + unit · scale        everywhere
+        max|Flax − oracle| ≤ multiple · max|torch − oracle| + unit · scale
 
-    The oracle is torch in float64, from the weights rounded to `dtype`. In float64 it is torch
-    itself, so that only unit · scale is left. The unit is 1e-12 in float64, the dtype's eps
-    otherwise; the scale is the oracle's largest finite magnitude.
+    The oracle is torch in float64, from weights and inputs rounded to `dtype`. In float64 it is
+    torch itself, so that only unit · scale is left. The unit is 1e-12 in float64, the dtype's eps
+    otherwise; the scale is the oracle's largest magnitude.
 
     Gradients stand under one more rule, as rounding errors of large terms that cancel do not
     shrink with their sum: in float64 their scale is the largest gradient of the model. And a
@@ -44,49 +81,29 @@ class Judge:
         self.noise = self.unit if self.exact else math.sqrt(self.unit)
 
     def row(
-        self,
-        stage: str,
-        path: str,
-        torch: np.ndarray,
-        flax: np.ndarray,
-        oracle: np.ndarray,
-        largest: float,
+        self, stage: str, path: str, shape: tuple[int, ...], found: Gauge, largest: float
     ) -> Row:
-        """The row of three arrays of one shape; `largest` is the stage's largest scale."""
-        own = magnitude(oracle)
-        scale = largest if self.exact and "gradient" in stage else own
-        torch_error, flax_error = _worst(gap(torch, oracle)), _worst(gap(flax, oracle))
-        allowed = self.multiple * torch_error + self.unit * scale
-        note = ""
-        if np.isnan(gap(flax, torch)).any():
+        """The row of a tensor; `largest` is the stage's largest scale."""
+        scale = largest if self.exact and "gradient" in stage else found.oracle
+        allowed = self.multiple * found.torch + self.unit * scale
+        quiet = found.oracle <= self.unit * largest and found.magnitude <= self.noise * largest
+        verdict, note = "ok", ""
+        if found.nan:
             verdict = "nan"
-        elif flax_error == 0:
-            verdict = "ok"
-        elif own <= self.unit * largest and magnitude(flax) <= self.noise * largest:
+        elif quiet and found.flax:
             verdict = "noise"
-        elif flax_error <= allowed:
-            verdict = "ok"
-        else:
+        elif found.flax > allowed:
             verdict, note = "fail", f"allowed {_relative(allowed, scale):.1e}"
-        return Row(
-            stage=stage,
-            path=path,
-            shape=flax.shape,
-            dtype=self.dtype,
-            max_error=_relative(_worst(gap(flax, torch)), scale),
-            rms_error=_relative(_rms(gap(flax, torch)), scale),
-            torch_error=_relative(torch_error, scale),
-            flax_error=_relative(flax_error, scale),
-            verdict=verdict,
-            note=note,
-        )
+        errors = (found.apart, found.rms, found.torch, found.flax)
+        numbers = [_relative(error, scale) for error in errors]
+        return Row(stage, path, shape, self.dtype, *numbers, verdict, note)
 
 
 def equal(stage: str, path: str, torch: np.ndarray, flax: np.ndarray, dtype: str) -> Row:
     """The row of two arrays of one shape that are to be equal, number by number."""
-    error, scale = gap(flax, torch), magnitude(torch)
-    worst, rms = _relative(_worst(error), scale), _relative(_rms(error), scale)
-    verdict = "nan" if np.isnan(error).any() else "fail" if worst else "ok"
+    found = gauge(torch, flax, torch)
+    worst, rms = _relative(found.flax, found.oracle), _relative(found.rms, found.oracle)
+    verdict = "nan" if found.nan else "fail" if worst else "ok"
     note = "not equal" if verdict == "fail" else ""
     return Row(stage, path, flax.shape, dtype, worst, rms, 0.0, worst, verdict, note)
 

@@ -178,9 +178,7 @@ class ParityReport:
             for i, row in enumerate(rows):
                 stage, *cells = row.cells()
                 style = "bold red" if row is first else _STYLES.get(row.verdict, "red")
-                table.add_row(
-                    "" if i else stage, *cells, style=style, end_section=row is rows[-1]
-                )
+                table.add_row("" if i else stage, *cells, style=style, end_section=row is rows[-1])
         if self.unmatched:
             table.caption = f"without a partner: {', '.join(map(str, self.unmatched))}"
         return table

@@ -55,7 +55,7 @@ class Calls:
 
 
 def tensors(value: Any, part: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors in nested tuples, lists and dictionaries, with the way to each; no other value."""
+    """The tensors in nested tuples, lists and dictionaries, each with the way to it."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         yield part, value
     elif isinstance(value, Mapping):

@@ -1,0 +1,80 @@
+"""A Linen model as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from flax import linen
+
+from gam_flax.convert.flax_paths import linen_leaves
+from gam_flax.parity.pure import Pure, call_modes, is_float_type, modes, trace_level
+from gam_flax.parity.trace import Calls
+
+
+def pure_linen(
+    module: linen.Module, variables: Mapping[str, Any], *, dtype: Any, train: bool
+) -> Pure:
+    """`module` with its variables, its layers told to compute in `dtype`.
+
+    The mode reaches it by the argument of `__call__` or the field that has one of the usual
+    names, see `modes`.
+    """
+    leaves = linen_leaves(linen.meta.unbox(variables))
+    names = {path: ".".join(path[1:]) for path in leaves}
+    parameters = {names[path]: leaf for path, leaf in leaves.items() if path[0] == "params"}
+    statistics = {names[path]: leaf for path, leaf in leaves.items() if path[0] != "params"}
+    fields = {k: v for k, v in modes(train).items() if k in module.__dataclass_fields__}
+    module = module.clone(**fields)
+    mutable = sorted({path[0] for path in leaves} - {"params"}) if train else []
+
+    def apply(parameters: dict, statistics: dict, x: Any, calls: Calls) -> tuple[Any, dict]:
+        arrays = {**statistics, **parameters}
+        filled = _nest({path: arrays[name] for path, name in names.items()})
+        with linen.intercept_methods(_interceptor(calls, dtype)):
+            output, after = module.apply(filled, x, mutable=mutable, **call_modes(module, train))
+        changed = {names[path]: leaf for path, leaf in linen_leaves(after).items()}
+        return output, {**statistics, **changed}
+
+    return Pure(parameters, statistics, apply)
+
+
+def _interceptor(calls: Calls, dtype: Any) -> Callable[..., Any]:
+    """Sets each layer's dtype before it runs and puts what it returns into `calls`.
+
+    `capture_intermediates` notes a layer twice that calls its parent's `__call__`.
+    """
+    level = trace_level()
+    running: list[tuple[str, ...]] = []
+
+    def intercept(
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        module, path = context.module, context.module.path
+        if context.method_name != "__call__" or path in running:
+            return call(*args, **kwargs)
+        if is_float_type(getattr(module, "dtype", None)):
+            object.__setattr__(module, "dtype", dtype)  # apply works on copies of the modules
+        running.append(path)
+        try:
+            output = call(*args, **kwargs)
+        finally:
+            running.pop()
+        if path and trace_level() == level:
+            calls.add(".".join(path), output)
+        return output
+
+    return intercept
+
+
+def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for part in path[:-1]:
+            node = node.setdefault(part, {})
+        node[path[-1]] = leaf
+    return tree

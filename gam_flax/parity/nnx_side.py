@@ -1,0 +1,84 @@
+"""An NNX model as a pure function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import cache
+from typing import Any
+
+from flax import nnx
+
+from gam_flax.convert.flax_paths import nnx_modules, nnx_variables
+from gam_flax.parity.pure import Pure, call_modes, is_float_type, trace_level
+from gam_flax.parity.trace import Calls
+
+
+def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
+    """A copy of `model`, its layers told to compute in `dtype`."""
+    copy = nnx.merge(*nnx.split(model), copy=True)
+    copy.train() if train else copy.eval()
+    copy = nnx.view(
+        copy, raise_if_not_found=False, deterministic=not train, use_running_average=not train
+    )
+    for module in nnx_modules(copy).values():
+        if is_float_type(vars(module).get("dtype")):
+            module.dtype = dtype
+    variables = nnx_variables(copy)
+    parameters = {k: v.get_value() for k, v in variables.items() if isinstance(v, nnx.Param)}
+    statistics = {k: v.get_value() for k, v in variables.items() if k not in parameters}
+    graph, state = nnx.split(copy)
+
+    def apply(parameters: dict, statistics: dict, x: Any, calls: Calls) -> tuple[Any, dict]:
+        twin = nnx.merge(graph, state, copy=True)
+        variables = nnx_variables(twin)
+        for key, array in {**parameters, **statistics}.items():
+            variables[key].set_value(array)
+        output = _noted(twin, calls)(x, **call_modes(twin, train))
+        return output, {key: variables[key].get_value() for key in statistics}
+
+    return Pure(parameters, statistics, apply)
+
+
+_note: ContextVar[Callable[[Any, Any], None]] = ContextVar("_note")
+
+
+def _noted(model: Any, calls: Calls) -> Callable[..., Any]:
+    """`model` as a function that puts what its layers return into `calls`.
+
+    `nnx.capture` leaves out layers that inherit their `__call__`, notes a layer twice that calls
+    its parent's, and changes classes under everyone's feet. Here only the objects of this one
+    model get other classes. Layers inside a transformation of their own (jit, scan, remat) are
+    left out.
+    """
+    paths = {id(module): path for path, module in nnx_modules(model).items()}
+    level = trace_level()
+
+    def note(module: Any, output: Any) -> None:
+        path = paths.get(id(module))
+        if path and trace_level() == level:
+            calls.add(path, output)
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        token = _note.set(note)
+        try:
+            return model(*args, **kwargs)
+        finally:
+            _note.reset(token)
+
+    for module in nnx_modules(model).values():
+        if callable(module):
+            module.__class__ = _noting(type(module))
+    return call
+
+
+@cache  # NNX registers each class with jax for good, so there is one for each, not for each run
+def _noting(cls: type) -> type:
+    """`cls` with a call that tells its output to the run it is called in."""
+
+    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
+        output = cls.__call__(self, *args, **kwargs)
+        _note.get()(self, output)
+        return output
+
+    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
