@@ -303,11 +303,8 @@ def main() -> None:
         if extra is None:
             raise
         _stop(f"{error.name} is not installed: pip install 'gam-attention[{extra}]'")
-    except (typer.Abort, KeyboardInterrupt):
-        print("gam-flax: stopped", file=sys.stderr)
-        sys.exit(130)
     else:
-        sys.exit(status if isinstance(status, int) else 0)
+        sys.exit(status if isinstance(status, int) else 0)  # 130 after Ctrl-C
 
 
 def _stop(line: str) -> None:

@@ -134,12 +134,15 @@ def draw_maps(
     count: int = 6,
 ) -> None:
     """A PNG: for the first image of each of `count` classes, the spatial gate after each stage."""
+    import jax.numpy as jnp
     from flax import nnx
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
     from matplotlib.figure import Figure
 
     rows = [int(np.argmax(labels == label)) for label in np.unique(labels)[:count]]
     capture = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
-    logits, kept = capture(x[rows])
+    logits, kept = capture(jnp.asarray(x[rows]))
     predicted = np.asarray(logits).argmax(1)
     stages = [n for n in range(1, len(model.layers) + 1) if hasattr(model, f"attention{n}")]
     gates = [
@@ -149,13 +152,12 @@ def draw_maps(
     low, high = min(gate.min() for gate in gates), max(gate.max() for gate in gates)
     figure = Figure(figsize=(2.1 * (len(stages) + 1) + 0.8, 2.1 * count), layout="constrained")
     axes = figure.subplots(count, len(stages) + 1, squeeze=False)
-    shown = None
     for row, (index, line) in enumerate(zip(rows, axes, strict=True)):
         line[0].imshow(images[index], cmap="gray", extent=(0, 1, 1, 0))
         line[0].set_ylabel(classes[labels[index]], fontsize=10)
         line[0].set_title(f"predicted: {classes[predicted[row]]}", fontsize=9)
         for axis, stage, gate in zip(line[1:], stages, gates, strict=True):
-            shown = axis.imshow(gate[row], vmin=low, vmax=high, extent=(0, 1, 1, 0))
+            axis.imshow(gate[row], vmin=low, vmax=high, extent=(0, 1, 1, 0))
             at = (np.arange(images.shape[1]) + 0.5) / images.shape[1]
             axis.contour(at, at, images[index], levels=[64], colors="white", linewidths=0.8)
             if row == 0:
@@ -164,7 +166,8 @@ def draw_maps(
             axis.set_xticks([])
             axis.set_yticks([])
     figure.suptitle("Where GAM's spatial gate is open: mean over channels, image outlined")
-    figure.colorbar(shown, ax=axes, label="spatial gate (0 closed, 1 open)", aspect=50)
+    scale = ScalarMappable(Normalize(low, high))
+    figure.colorbar(scale, ax=axes, label="spatial gate (0 closed, 1 open)", aspect=50)
     with whole_file(path, force=force) as part:
         figure.savefig(part, format="png", dpi=110)
 

@@ -9,9 +9,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.convert.checkpoint import Checkpoint
-from gam_flax.convert.errors import CheckpointError, shorten
-from gam_flax.convert.flax_paths import linen_leaves, nnx_modules, nnx_variables
 from gam_flax.convert.blocks import (
     Block,
     canonical_tensors,
@@ -22,6 +19,9 @@ from gam_flax.convert.blocks import (
     told_by_attributes,
     variant_of,
 )
+from gam_flax.convert.checkpoint import Checkpoint
+from gam_flax.convert.errors import CheckpointError, shorten
+from gam_flax.convert.flax_paths import linen_leaves, nnx_modules, nnx_variables
 from gam_flax.convert.layouts import UNSEEN, behaviour
 from gam_flax.convert.report import ConversionReport
 
@@ -137,9 +137,7 @@ def _assign(variable: Any, value: np.ndarray) -> None:
 
     old = variable.get_value()  # shapes alone, where the model comes from nnx.eval_shape
     new = jnp.array(value)  # a copy: the source may be a mapped file or a torch module in use
-    variable.set_value(
-        jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new
-    )
+    variable.set_value(jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new)
 
 
 def _adopt(norm: Any, settings: Mapping[str, float | None]) -> list[tuple]:
@@ -212,7 +210,7 @@ def _take(
         array = array[:, :, 0, 0]  # a linear layer stored as a 1×1 convolution
     value = leaves.to_flax_layout(place.path, array)
     if value.shape != place.shape:
-        wanted = leaves.to_torch_layout(place.path, np.empty(place.shape, np.bool_)).shape
+        wanted = leaves.torch_shape(place.path, place.shape)
         report.mismatched[key] = (array.shape, wanted)
         return
     if not np.isfinite(value).all():

@@ -58,13 +58,24 @@ def torch_name(key: str) -> str:
 
 def to_flax_layout(name: str, array: np.ndarray) -> np.ndarray:
     """A torch tensor in the layout of the Flax leaf `name`: (O, I, *k) to (*k, I, O)."""
-    if split(name)[1] != "kernel" or array.ndim < 2:
-        return array
-    return array.transpose(*range(2, array.ndim), 1, 0)
+    if _is_kernel(name, array.ndim):
+        return array.transpose(*range(2, array.ndim), 1, 0)
+    return array
 
 
 def to_torch_layout(name: str, array: np.ndarray) -> np.ndarray:
     """The Flax leaf `name` in torch's layout: (*k, I, O) to (O, I, *k)."""
-    if split(name)[1] != "kernel" or array.ndim < 2:
-        return array
-    return array.transpose(array.ndim - 1, array.ndim - 2, *range(array.ndim - 2))
+    if _is_kernel(name, array.ndim):
+        return array.transpose(-1, -2, *range(array.ndim - 2))
+    return array
+
+
+def torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the Flax leaf `name` has in torch."""
+    if _is_kernel(name, len(shape)):
+        return (shape[-1], shape[-2], *shape[:-2])
+    return shape
+
+
+def _is_kernel(name: str, ndim: int) -> bool:
+    return split(name)[1] == "kernel" and ndim >= 2

@@ -160,10 +160,20 @@ def build(package: Any, metadata: Mapping[str, str], where: str) -> Any:
             for only_flax in ("dtype", "param_dtype"):
                 arguments.pop(only_flax, None)
             return make(**arguments)
-        from flax import nnx
-
-        return nnx.eval_shape(lambda: make(**arguments, rngs=nnx.Rngs(0)))
+        return _shapes_of(make, arguments)
     except (ValueError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(
             f"{where}: its metadata do not build a {name}: {shorten(error, 200)}"
         ) from error
+
+
+def _shapes_of(make: Any, arguments: dict[str, Any]) -> nnx.Module:
+    import jax.numpy as jnp
+    from flax import nnx
+
+    types = {
+        name: getattr(jnp, arguments[name])
+        for name in ("dtype", "param_dtype")
+        if arguments.get(name) is not None
+    }
+    return nnx.eval_shape(lambda: make(**{**arguments, **types}, rngs=nnx.Rngs(0)))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ml_dtypes
@@ -12,6 +12,17 @@ from gam_flax.parity import judge
 from gam_flax.parity.align import Names, Rename, lay_parameter, layer_layout
 from gam_flax.parity.report import ParityReport, Row, Unmatched
 from gam_flax.parity.trace import Trace, wide
+
+_NEIGHBOURS = 7  # runs beside the given one, over which a narrow dtype's errors are collected
+
+# Stages whose tensors are of one kind: one of them is noise beside the largest of its group.
+_GROUPS = {
+    "forward": "values",
+    "output": "values",
+    "input gradient": "gradients",
+    "gradients": "gradients",
+    "running statistics": "statistics",
+}
 
 
 def compare(
@@ -82,25 +93,25 @@ def compare(
     if not isinstance(torch_model, torch.nn.Module):
         raise TypeError(f"torch_model must be a torch.nn.Module, got {type(torch_model).__name__}")
     pure = flax_side.pure(flax_model, dtype=dtype, train=train)
-    x = _rounded(np.asarray(inputs), dtype)
-    options = {"rounded_to": dtype, "train": train, "gradients": gradients}
-    oracle = torch_side.run(torch_model, x, dtype="float64", **options)
-    own = oracle
-    if dtype != "float64":
-        own = torch_side.run(torch_model, x, dtype=dtype, **options)
-    flax = flax_side.run(pure, x, dtype=dtype, gradients=gradients)
-
+    program = flax_side.Program(pure, dtype=dtype, gradients=gradients)
     found = _Comparison(Names(rename), judge.Judge(dtype, multiple))
     found.weights(torch_side.weights(torch_model), (pure.parameters, pure.statistics))
-    found.forward(own, flax, oracle)
-    if flax.error is not None:
-        found.raised(flax.error)
-    elif found.same_outputs(flax, oracle):
-        if gradients:
+    options = {"rounded_to": dtype, "train": train, "gradients": gradients}
+    for x, factors in _samples(np.asarray(inputs), found.partners, dtype):
+        oracle = torch_side.run(torch_model, x, factors, dtype="float64", **options)
+        own = oracle
+        if dtype != "float64":
+            own = torch_side.run(torch_model, x, factors, dtype=dtype, **options)
+        flax = program(x, {found.partners[key]: factor for key, factor in factors.items()})
+        found.forward(own, flax, oracle)
+        if flax.error is not None:
+            found.raised(flax.error)
+            break
+        if gradients and _same_outputs(flax, oracle):
             found.gradients(own, flax, oracle)
         if train:
             found.statistics(own, flax, oracle)
-    return ParityReport(tuple(found.rows), tuple(found.unmatched), dtype, train, multiple)
+    return ParityReport(found.rows(), tuple(found.unmatched), dtype, train, multiple)
 
 
 def assert_parity(
@@ -120,115 +131,121 @@ def assert_parity(
     return report
 
 
-def _rounded(x: np.ndarray, dtype: str) -> np.ndarray:
-    """`x` as numbers that `dtype` holds, so that no framework has to round them its own way."""
-    if x.dtype.kind not in "fV":  # numpy files bfloat16 under V
-        return x
-    return x.astype(np.float64 if dtype == "float64" else ml_dtypes.finfo(dtype).dtype).astype(
-        np.float64
-    )
+def _samples(
+    x: np.ndarray, keys: Iterable[str], dtype: str
+) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+    """The input and no factors; in a narrow dtype also neighbours, with factors for the tensors.
+
+    A tensor of few numbers may be right by luck, and its error then is no measure of what the
+    dtype can do. A neighbour has input and weights a few units off, which deals all roundings
+    anew and changes nothing else.
+    """
+    floating = x.dtype.kind in "fV"  # numpy files bfloat16 under V
+    kept = np.dtype(np.float64) if dtype == "float64" else ml_dtypes.finfo(dtype).dtype
+    step = 8 * float(ml_dtypes.finfo(kept).eps)
+    rng = np.random.default_rng(0)
+    yield x.astype(kept).astype(np.float64) if floating else x, {}
+    for _ in range(0 if dtype == "float64" else _NEIGHBOURS):
+        factors = {key: float(1 + step * rng.uniform(-1, 1)) for key in keys}
+        near = x * (1 + step * rng.uniform(-1, 1, x.shape)) if floating else x
+        yield near.astype(kept).astype(np.float64) if floating else x, factors
+
+
+def _same_outputs(flax: Trace, oracle: Trace) -> bool:
+    """Whether the losses are the same function of the outputs."""
+    shapes = {part: y.shape for part, y in oracle.outputs.items()}
+    return shapes == {part: y.shape for part, y in flax.outputs.items()}
 
 
 class _Comparison:
-    """Rows and unmatched names, gathered stage by stage."""
+    """Gathers what is found, stage by stage; the runs on several inputs count as one."""
 
-    def __init__(self, names: Names, judge: judge.Judge):
-        self.rows: list[Row] = []
+    def __init__(self, names: Names, ruler: judge.Judge):
         self.unmatched: list[Unmatched] = []
+        self.partners: dict[str, str] = {}  # torch key → Flax path of a parameter or buffer
         self._names = names
-        self._judge = judge
+        self._judge = ruler
+        self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
+
+    def rows(self) -> tuple[Row, ...]:
+        """What was found, judged."""
+        largest: dict[str, float] = {}
+        for (stage, _), found in self._found.items():
+            if not isinstance(found, Row):
+                group = _GROUPS[stage]
+                largest[group] = max(largest.get(group, 0.0), found[1].oracle)
+        return tuple(
+            found
+            if isinstance(found, Row)
+            else self._judge.row(stage, path, *found, largest[_GROUPS[stage]])
+            for (stage, path), found in self._found.items()
+        )
 
     def weights(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
         """Parameters, which must have a partner, then buffers."""
         for kind, tensors, partners in zip(("parameter", "buffer"), torch, flax, strict=True):
-            taken = set()
             for key, tensor in tensors.items():
                 name = self._names.leaf(key, partners)
-                taken.add(name)
                 if name is None:
                     self._lonely("torch", kind, key, tensor.shape)
-                    continue
-                self._weight(key, name, tensor, np.asarray(partners[name]))
+                else:
+                    self.partners[key] = name
+                    self._weight(key, name, tensor, np.asarray(partners[name]))
+            taken = set(self.partners.values())
             for name, partner in partners.items():
                 if name not in taken:
                     self._lonely("flax", kind, name, tuple(partner.shape))
 
     def forward(self, own: Trace, flax: Trace, oracle: Trace) -> None:
         """Layers in torch's order, then the outputs."""
-        arrays = [*oracle.layers.values(), *oracle.outputs.values()]
-        largest = max(map(judge.magnitude, arrays), default=0.0)
         partners = dict(flax.layers)
         for place, truth in oracle.layers.items():
-            path = "".join(place)
-            partner = partners.pop(self._names.place(place), None)
+            path, partner = "".join(place), partners.pop(self._names.place(place), None)
             if partner is None:
-                # A forward that broke off says nothing about the layers behind.
-                if flax.error is None:
-                    self.unmatched.append(Unmatched("torch", "layer", path))
+                self._unmatched("torch", "layer", path, unless=flax.error)
                 continue
             layout = layer_layout(truth, partner)
             if layout is None:
                 self._misshapen("forward", path, truth.shape, partner.shape)
             else:
-                three = layout(own.layers[place]), partner, layout(truth)
-                self.rows.append(self._judge.row("forward", path, *three, largest))
-        self.unmatched += [Unmatched("flax", "layer", "".join(place)) for place in partners]
+                self._measure("forward", path, layout(own.layers[place]), partner, layout(truth))
+        for place in partners:
+            self._unmatched("flax", "layer", "".join(place))
         if flax.error is None:
-            self._outputs(own, flax, oracle, largest)
+            self._outputs(own, flax, oracle)
 
     def raised(self, error: Exception) -> None:
         """Flax's forward broke off: a finding only where the rows already tell why."""
-        if all(row.ok for row in self.rows):
+        if all(row.ok for row in self.rows()):
             raise error
         note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
         self._nothing("raised", note, "output", "", ())
 
-    def same_outputs(self, flax: Trace, oracle: Trace) -> bool:
-        """Whether the losses are the same function of the outputs."""
-        shapes = {part: y.shape for part, y in oracle.outputs.items()}
-        return shapes == {part: y.shape for part, y in flax.outputs.items()}
-
     def gradients(self, own: Trace, flax: Trace, oracle: Trace) -> None:
         """Of the input, where it can be differentiated, and of the parameters."""
-        named = dict(self._pairs(own.gradients, flax.gradients, oracle.gradients))
-        truths = [truth for _, _, truth in named.values()]
-        if oracle.input_gradient is not None:
-            truths.append(oracle.input_gradient)
-        largest = max(map(judge.magnitude, truths), default=0.0)
         if oracle.input_gradient is not None:
             three = own.input_gradient, flax.input_gradient, oracle.input_gradient
-            self.rows.append(self._judge.row("input gradient", "", *three, largest))
-        for key, three in named.items():
-            self.rows.append(self._judge.row("gradients", key, *three, largest))
+            self._measure("input gradient", "", *three)
+        self._tensors("gradients", own.gradients, flax.gradients, oracle.gradients)
 
     def statistics(self, own: Trace, flax: Trace, oracle: Trace) -> None:
         """The buffers after the pass."""
-        pairs = self._pairs(own.statistics, flax.statistics, oracle.statistics)
-        for key, three in pairs:
-            self.rows.append(self._judge.row("running statistics", key, *three, largest=0.0))
+        three = own.statistics, flax.statistics, oracle.statistics
+        self._tensors("running statistics", *three)
 
-    def _pairs(
-        self, own: Mapping, flax: Mapping, oracle: Mapping
-    ) -> Iterator[tuple[str, tuple[np.ndarray, np.ndarray, np.ndarray]]]:
-        """(torch, Flax, oracle) by torch's key, where both have the tensor in the same shape."""
+    def _tensors(self, stage: str, own: Mapping, flax: Mapping, oracle: Mapping) -> None:
+        """Those that both have, in the same shape; `weights` has told of the others."""
         for key, truth in oracle.items():
-            name = self._names.leaf(key, flax)
+            name = self.partners.get(key)
             if name is None:
-                continue  # `weights` has said so
+                continue
             partner = flax[name]
-            laid = [lay_parameter(name, array, partner.shape) for array in (own[key], truth)]
-            if laid[0] is not None and laid[1] is not None:
-                yield key, (laid[0], partner, laid[1])
+            laid = lay_parameter(name, truth, partner.shape)
+            torch = lay_parameter(name, own[key], partner.shape)
+            if laid is not None and torch is not None:
+                self._measure(stage, key, torch, partner, laid)
 
-    def _weight(self, key: str, name: str, tensor: np.ndarray, partner: np.ndarray) -> None:
-        dtype = tensor.dtype.name
-        laid = lay_parameter(name, tensor, partner.shape)
-        if laid is None:
-            self._misshapen("parameters", key, tensor.shape, partner.shape, dtype)
-        else:
-            self.rows.append(judge.equal("parameters", key, wide(laid), wide(partner), dtype))
-
-    def _outputs(self, own: Trace, flax: Trace, oracle: Trace, largest: float) -> None:
+    def _outputs(self, own: Trace, flax: Trace, oracle: Trace) -> None:
         for part, truth in oracle.outputs.items():
             partner = flax.outputs.get(part)
             if partner is None:
@@ -236,17 +253,40 @@ class _Comparison:
             elif partner.shape != truth.shape:
                 self._misshapen("output", part, truth.shape, partner.shape)
             else:
-                three = own.outputs[part], partner, truth
-                self.rows.append(self._judge.row("output", part, *three, largest))
+                self._measure("output", part, own.outputs[part], partner, truth)
         for part, partner in flax.outputs.items():
             if part not in oracle.outputs:
                 self._nothing("missing", "not in torch", "output", part, partner.shape)
 
+    def _weight(self, key: str, name: str, tensor: np.ndarray, partner: np.ndarray) -> None:
+        dtype = tensor.dtype.name
+        laid = lay_parameter(name, tensor, partner.shape)
+        if laid is None:
+            self._misshapen("parameters", key, tensor.shape, partner.shape, dtype)
+        else:
+            row = judge.equal("parameters", key, wide(laid), wide(partner), dtype)
+            self._found["parameters", key] = row
+
+    def _measure(
+        self, stage: str, path: str, torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray
+    ) -> None:
+        found = judge.gauge(torch, flax, oracle)
+        before = self._found.get((stage, path))
+        if isinstance(before, tuple):
+            found |= before[1]
+        self._found[stage, path] = flax.shape, found
+
     def _lonely(self, side: str, kind: str, path: str, shape: tuple[int, ...]) -> None:
-        self.unmatched.append(Unmatched(side, kind, path))
+        self._unmatched(side, kind, path)
         if kind == "parameter":
             other = "Flax" if side == "torch" else "torch"
             self._nothing("missing", f"not in {other}", "parameters", path, shape)
+
+    def _unmatched(self, side: str, kind: str, path: str, unless: Exception | None = None) -> None:
+        """Once a name; a forward that broke off says nothing about the layers behind."""
+        item = Unmatched(side, kind, path)
+        if unless is None and item not in self.unmatched:
+            self.unmatched.append(item)
 
     def _misshapen(
         self, stage: str, path: str, torch: tuple, flax: tuple, dtype: str | None = None
@@ -256,5 +296,6 @@ class _Comparison:
     def _nothing(
         self, verdict: str, note: str, stage: str, path: str, shape: tuple, dtype: str | None = None
     ) -> None:
-        row = judge.without_numbers(verdict, note, stage, path, shape, dtype or self._judge.dtype)
-        self.rows.append(row)
+        dtype = dtype or self._judge.dtype
+        row = judge.without_numbers(verdict, note, stage, path, shape, dtype)
+        self._found[stage, path] = row

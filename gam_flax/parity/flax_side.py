@@ -46,33 +46,41 @@ def pure(model: Any, *, dtype: str, train: bool) -> Pure:
     )
 
 
-def run(model: Pure, x: np.ndarray, *, dtype: str, gradients: bool) -> Trace:
-    """One forward, and one backward where `gradients` are wanted.
+class Program:
+    """`model` compiled once: (x, factors) → one forward, and one backward with `gradients`.
 
     Parameters and input are rounded to `dtype`; statistics as well, but they are kept in float32
     or wider, as a Flax BatchNorm keeps them. What the forward raises becomes the trace's `error`.
     jax's switches are put back.
 
-    Args:
-        x: (B, *space, C).
+    x: (B, *space, C).
+    factors: what parameters and statistics are multiplied with before they are rounded.
     """
-    wider = jnp.promote_types(dtype, jnp.float32)
-    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
-        parameters = {key: _cast(array, dtype) for key, array in model.parameters.items()}
-        statistics = {
-            key: _cast(_cast(array, dtype), wider) for key, array in model.statistics.items()
-        }
-        arguments = (parameters, statistics, _cast(x, dtype))
+
+    def __init__(self, model: Pure, *, dtype: str, gradients: bool):
+        self._dtype = dtype
+        self._model = model
         quick = _QUICK_COMPILE if jax.default_backend() == "cpu" else None
-        program = jax.jit(partial(_program, model.apply, gradients), compiler_options=quick)
-        try:
-            found = program(*arguments)
-        except Exception as error:
-            return _until(error, model, *arguments)
-        return Trace(**jax.tree.map(wide, found))
+        run = partial(_forward_and_back, model.apply, gradients)
+        self._compiled = jax.jit(run, compiler_options=quick)
+
+    def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Trace:
+        wider = jnp.promote_types(self._dtype, jnp.float32)
+        parameters, statistics = (
+            {key: _cast(array, self._dtype, factors.get(key, 1.0)) for key, array in kind.items()}
+            for kind in (self._model.parameters, self._model.statistics)
+        )
+        statistics = {key: _cast(array, wider) for key, array in statistics.items()}
+        arguments = (parameters, statistics, _cast(x, self._dtype))
+        with jax.enable_x64(self._dtype == "float64"), jax.default_matmul_precision("highest"):
+            try:
+                found = self._compiled(*arguments)
+            except Exception as error:
+                return _until(error, self._model, *arguments)
+            return Trace(**jax.tree.map(wide, found))
 
 
-def _program(
+def _forward_and_back(
     apply: Any, gradients: bool, parameters: dict, statistics: dict, x: Any
 ) -> dict[str, Any]:
     """The fields of a trace."""
@@ -105,7 +113,9 @@ def _until(error: Exception, model: Pure, *arguments: Any) -> Trace:
     return Trace(layers=calls.outputs, error=error)
 
 
-def _cast(array: Any, dtype: Any) -> np.ndarray:
+def _cast(array: Any, dtype: Any, factor: float = 1.0) -> np.ndarray:
     """In numpy, of `dtype` where it is floating: jax would compile a program for each shape."""
     array = np.asarray(array)
-    return array.astype(jnp.dtype(dtype)) if is_float(array) else array
+    return (
+        (array.astype(np.float64) * factor).astype(jnp.dtype(dtype)) if is_float(array) else array
+    )

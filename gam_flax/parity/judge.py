@@ -83,7 +83,7 @@ class Judge:
     def row(
         self, stage: str, path: str, shape: tuple[int, ...], found: Gauge, largest: float
     ) -> Row:
-        """The row of a tensor; `largest` is the stage's largest scale."""
+        """The row of a tensor; `largest` is the stage's largest scale, and the scale of noise."""
         scale = largest if self.exact and "gradient" in stage else found.oracle
         allowed = self.multiple * found.torch + self.unit * scale
         quiet = found.oracle <= self.unit * largest and found.magnitude <= self.noise * largest
@@ -91,7 +91,7 @@ class Judge:
         if found.nan:
             verdict = "nan"
         elif quiet and found.flax:
-            verdict = "noise"
+            verdict, scale = "noise", largest
         elif found.flax > allowed:
             verdict, note = "fail", f"allowed {_relative(allowed, scale):.1e}"
         errors = (found.apart, found.rms, found.torch, found.flax)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
@@ -29,7 +29,14 @@ def weights(model: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
 
 
 def run(
-    model: Any, x: np.ndarray, *, dtype: str, rounded_to: str, train: bool, gradients: bool
+    model: Any,
+    x: np.ndarray,
+    factors: Mapping[str, float],
+    *,
+    dtype: str,
+    rounded_to: str,
+    train: bool,
+    gradients: bool,
 ) -> Trace:
     """One forward, and one backward where `gradients` are wanted, of a copy of `model` on the CPU.
 
@@ -38,6 +45,7 @@ def run(
 
     Args:
         x: (B, *space, C).
+        factors: what parameters and buffers are multiplied with before they are rounded.
 
     Raises:
         ValueError: the forward draws random numbers.
@@ -49,8 +57,11 @@ def run(
             return tensor
         return tensor.to(getattr(torch, rounded_to)).to(getattr(torch, dtype))
 
-    copy = deepcopy(model).to("cpu", getattr(torch, rounded_to)).to(getattr(torch, dtype))
-    copy.train(train)
+    copy = deepcopy(model).to("cpu", torch.float64).train(train).requires_grad_(False)
+    for key, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+        if key in factors and tensor.is_floating_point():
+            tensor.mul_(factors[key])
+    copy = copy.to(getattr(torch, rounded_to)).to(getattr(torch, dtype))
     for parameter in copy.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
     pixels = cast(torch.from_numpy(channels_first(x).copy()))

@@ -56,7 +56,7 @@ def test_a_converted_block_is_a_model_again(tmp_path):
     assert (model.channel_gate, model.shuffle) == ("sigmoid", "features")
     model.eval()
     expected = theirs(torch.from_numpy(X.transpose(0, 3, 1, 2))).detach().numpy()
-    assert np.abs(np.asarray(model(X)).transpose(0, 3, 1, 2) - expected).max() < 1e-4
+    assert np.abs(np.asarray(model(jnp.asarray(X))).transpose(0, 3, 1, 2) - expected).max() < 1e-4
 
 
 def test_what_was_decided_stays_decided(tmp_path):
