@@ -114,7 +114,7 @@ class SpatialAttention(nnx.Module):
         self.ratio = ratio
         self.kernel_size = kernel_size
         self.groups = groups
-        self.padding_mode = padding_mode
+        self.padding_mode: Literal["zeros", "replicate"] = padding_mode
         self.use_bias = use_bias
         self.norm_eps = norm_eps
         self.norm_momentum = norm_momentum
@@ -197,6 +197,7 @@ class GAM(nnx.Module):
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
     ):
+        check_choice("channel_gate", channel_gate, ("identity", "sigmoid"))
         check_choice("shuffle", shuffle, (None, "features", "gate"))
         if shuffle is not None:
             check_divides("channel shuffle in groups of", SHUFFLE_GROUPS, channels=channels)

@@ -121,6 +121,7 @@ class GAM(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "B H W C"], train: bool = False) -> Float[Array, "B H W C"]:
+        check_choice("channel_gate", self.channel_gate, ("identity", "sigmoid"))
         check_choice("shuffle", self.shuffle, (None, "features", "gate"))
         if self.shuffle is not None:
             check_divides("channel shuffle in groups of", SHUFFLE_GROUPS, channels=x.shape[-1])

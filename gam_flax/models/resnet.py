@@ -15,7 +15,7 @@ from jaxtyping import Array, Float
 from gam_flax.attention.common import check_choice
 from gam_flax.models.common import Attention, build_attention
 from gam_flax.ops.batch_norm import BatchNorm
-from gam_flax.ops.conv import conv2d
+from gam_flax.ops.conv import conv2d, max_pool2d
 from gam_flax.ops.sequential import Sequential
 
 
@@ -206,9 +206,9 @@ class ResNet(nnx.Module):
         self.attention = attention
         self.attention_options = freeze(dict(attention_options or {}))
         self.attention_at = attention_at if attention_at == "blocks" else after
-
         self.dtype = dtype
         self.param_dtype = param_dtype
+
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         kernel_size, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = _conv(in_channels, widths[0], kernel_size, stride, **types)
@@ -239,7 +239,7 @@ class ResNet(nnx.Module):
         """The output of each stage, its attention block included."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         if self.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), strides=(2, 2), padding=((1, 1), (1, 1)))
+            x = max_pool2d(x, 3, stride=2, padding=1)
         outputs = []
         for stage in range(1, len(self.layers) + 1):
             x = getattr(self, f"layer{stage}")(x)

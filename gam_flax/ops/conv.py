@@ -1,9 +1,10 @@
-"""Convolution on NHWC pictures, padded by explicit numbers as torch pads."""
+"""Convolution and pooling of NHWC pictures, padded by explicit numbers as torch pads."""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
@@ -46,6 +47,15 @@ def pad2d(
     """`x` with `padding` pixels more on all four sides, zeros or the border's own."""
     widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
     return jnp.pad(x, widths, mode="edge" if mode == "replicate" else "constant")
+
+
+def max_pool2d(
+    x: Float[Array, "B H W C"], kernel_size: int, *, stride: int, padding: int
+) -> Float[Array, "B h w C"]:
+    """`torch.nn.functional.max_pool2d`: `padding` pixels on all four sides, which never win."""
+    window, strides = (1, kernel_size, kernel_size, 1), (1, stride, stride, 1)
+    widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
+    return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, window, strides, widths)
 
 
 def channel_shuffle(x: Float[Array, "*B C"], groups: int) -> Float[Array, "*B C"]:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
+import zlib
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 Target = TypeVar("Target", nnx.Module, Mapping[str, Any])
@@ -21,6 +22,9 @@ def torch_default_init(target: Target, key: jax.Array) -> Target:
     here starts from, is lecun_normal for kernels and zeros for biases. Norms are left as they
     are: both frameworks start them at scale 1 and bias 0.
 
+    The draw of a tensor hangs on the key and the tensor's path alone: NNX and Linen twins get the
+    same numbers, and another layer elsewhere changes none of them.
+
     Args:
         target: an NNX module, changed in place, or Linen variables (or their "params").
         key: a `jax.random.key`.
@@ -29,26 +33,25 @@ def torch_default_init(target: Target, key: jax.Array) -> Target:
         The same module, or new variables.
     """
     if isinstance(target, nnx.Module):
-        drawn = _redraw(nnx.to_pure_dict(nnx.state(target, nnx.Param)), key)
         state = nnx.state(target, nnx.Param)
-        nnx.replace_by_pure_dict(state, drawn)
+        nnx.replace_by_pure_dict(state, _redraw(nnx.to_pure_dict(state), key))
         nnx.update(target, state)
         return target
+    if "params" in target:
+        return {**target, "params": _redraw(target["params"], key)}
     return _redraw(target, key)
 
 
 def _redraw(tree: Any, key: jax.Array) -> Any:
     if not isinstance(tree, Mapping):
         return tree
-    if "kernel" in tree:
-        kernel = tree["kernel"]
-        bound = float(jnp.prod(jnp.array(kernel.shape[:-1]))) ** -0.5
-        keys = dict(zip(("kernel", "bias"), jax.random.split(key), strict=True))
-        drawn = {
-            name: jax.random.uniform(keys[name], tree[name].shape, tree[name].dtype, -bound, bound)
-            for name in keys
-            if tree.get(name) is not None
-        }
-        return {**tree, **drawn}
-    keys = jax.random.split(key, max(len(tree), 1))
-    return {name: _redraw(child, k) for (name, child), k in zip(tree.items(), keys, strict=True)}
+    keys = {name: jax.random.fold_in(key, zlib.crc32(str(name).encode())) for name in tree}
+    if "kernel" not in tree:
+        return {name: _redraw(child, keys[name]) for name, child in tree.items()}
+    bound = math.prod(tree["kernel"].shape[:-1]) ** -0.5
+    return {
+        name: jax.random.uniform(keys[name], leaf.shape, leaf.dtype, -bound, bound)
+        if name in ("kernel", "bias") and leaf is not None
+        else leaf
+        for name, leaf in tree.items()
+    }

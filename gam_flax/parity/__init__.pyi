@@ -1,3 +1,5 @@
-from .compare import ParityReport as ParityReport
-from .compare import assert_parity as assert_parity
-from .compare import compare as compare
+from .comparison import assert_parity as assert_parity
+from .comparison import compare as compare
+from .report import ParityReport as ParityReport
+from .report import Row as Row
+from .report import Unmatched as Unmatched

@@ -25,9 +25,10 @@ class Names:
         """The Flax path of a torch layer."""
         if callable(self._rename):
             return self._rename(path)
-        for prefix in sorted(self._rename or {}, key=len, reverse=True):
+        renamed = self._rename or {}
+        for prefix in sorted(renamed, key=len, reverse=True):
             if path == prefix or path.startswith(f"{prefix}."):
-                return self._rename[prefix] + path[len(prefix) :]
+                return renamed[prefix] + path[len(prefix) :]
         return path
 
     def place(self, place: Place) -> Place:

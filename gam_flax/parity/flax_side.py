@@ -76,7 +76,7 @@ class Program:
             try:
                 found = self._compiled(*arguments)
             except Exception as error:
-                return _until(error, self._model, *arguments)
+                return _until(error, self._model, arguments)
             return Trace(**jax.tree.map(wide, found))
 
 
@@ -103,11 +103,12 @@ def _forward_and_back(
     return {**trace, "input_gradient": found.pop(_INPUT, None), "gradients": found}
 
 
-def _until(error: Exception, model: Pure, *arguments: Any) -> Trace:
+def _until(error: Exception, model: Pure, arguments: tuple[dict, dict, Any]) -> Trace:
     """What the layers gave before the forward raised `error`."""
     calls = Calls(keep=wide)
+    parameters, statistics, x = jax.tree.map(jnp.asarray, arguments)
     try:
-        model.apply(*jax.tree.map(jnp.asarray, arguments), calls)
+        model.apply(parameters, statistics, x, calls)
     except Exception as again:
         error = again  # without the frames of jit
     return Trace(layers=calls.outputs, error=error)

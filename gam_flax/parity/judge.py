@@ -94,9 +94,18 @@ class Judge:
             verdict, scale = "noise", largest
         elif found.flax > allowed:
             verdict, note = "fail", f"allowed {_relative(allowed, scale):.1e}"
-        errors = (found.apart, found.rms, found.torch, found.flax)
-        numbers = [_relative(error, scale) for error in errors]
-        return Row(stage, path, shape, self.dtype, *numbers, verdict, note)
+        return Row(
+            stage=stage,
+            path=path,
+            shape=shape,
+            dtype=self.dtype,
+            max_error=_relative(found.apart, scale),
+            rms_error=_relative(found.rms, scale),
+            torch_error=_relative(found.torch, scale),
+            flax_error=_relative(found.flax, scale),
+            verdict=verdict,
+            note=note,
+        )
 
 
 def equal(stage: str, path: str, torch: np.ndarray, flax: np.ndarray, dtype: str) -> Row:

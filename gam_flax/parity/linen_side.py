@@ -24,15 +24,16 @@ def pure_linen(
     names = {path: ".".join(path[1:]) for path in leaves}
     parameters = {names[path]: leaf for path, leaf in leaves.items() if path[0] == "params"}
     statistics = {names[path]: leaf for path, leaf in leaves.items() if path[0] != "params"}
-    fields = {k: v for k, v in modes(train).items() if k in module.__dataclass_fields__}
-    module = module.clone(**fields)
+    told = call_modes(module, train)  # Linen takes a mode once, as an argument or as a field
+    fields = modes(train).keys() & module.__dataclass_fields__.keys() - told.keys()
+    module = module.clone(**{name: modes(train)[name] for name in fields})
     mutable = sorted({path[0] for path in leaves} - {"params"}) if train else []
 
     def apply(parameters: dict, statistics: dict, x: Any, calls: Calls) -> tuple[Any, dict]:
         arrays = {**statistics, **parameters}
         filled = _nest({path: arrays[name] for path, name in names.items()})
         with linen.intercept_methods(_interceptor(calls, dtype)):
-            output, after = module.apply(filled, x, mutable=mutable, **call_modes(module, train))
+            output, after = module.apply(filled, x, mutable=mutable, **told)
         changed = {names[path]: leaf for path, leaf in linen_leaves(after).items()}
         return output, {**statistics, **changed}
 

@@ -27,13 +27,13 @@ class Pure:
     apply: Callable[[dict[str, Any], dict[str, Any], Any, Calls], tuple[Any, dict[str, Any]]]
 
 
-def modes(train: bool) -> dict[str, bool]:
+def modes(train: bool) -> dict[str, Any]:
     """The names under which Flax models take the mode, and what they are in this one."""
     names = {"train": train, "training": train, "is_training": train}
     return {**names, "deterministic": not train, "use_running_average": not train}
 
 
-def call_modes(model: Any, train: bool) -> dict[str, bool]:
+def call_modes(model: Any, train: bool) -> dict[str, Any]:
     """Those of `modes` that `model` takes when it is called."""
     taken = inspect.signature(type(model).__call__).parameters
     return {name: value for name, value in modes(train).items() if name in taken}

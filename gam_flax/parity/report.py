@@ -169,19 +169,35 @@ class ParityReport:
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
+        """A tree: each stage in a line; below it every layer of the forward pass, and elsewhere
+        the rows that diverge."""
         from rich.table import Table
+        from rich.text import Text
+        from rich.tree import Tree
 
-        table = Table(*_COLUMNS, title=self.headline, title_justify="left")
         first = self.first_divergence
-        for _, group in groupby(self.rows, key=lambda row: row.stage):
-            rows = list(group)
-            for i, row in enumerate(rows):
-                stage, *cells = row.cells()
-                style = "bold red" if row is first else _STYLES.get(row.verdict, "red")
-                table.add_row("" if i else stage, *cells, style=style, end_section=row is rows[-1])
+        tree = Tree(Text(self.headline, style="red" if first else "green"))
+        for line, (stage, group) in zip(
+            self._stages(), groupby(self.rows, key=lambda row: row.stage), strict=True
+        ):
+            branch = tree.add(Text(line))
+            grid = Table.grid(padding=(0, 2))
+            for row in group:
+                if stage == "forward" or not row.ok:
+                    _, path, shape, error, _, torch, flax, verdict = row.cells()
+                    errors = [error] if self.dtype == "float64" else [error, torch, flax]
+                    style = "bold red" if row is first else _STYLES.get(row.verdict, "red")
+                    grid.add_row(
+                        *(Text(c, no_wrap=True) for c in (path, shape)),
+                        *errors,
+                        verdict,
+                        style=style,
+                    )
+            if grid.row_count:
+                branch.add(grid)
         if self.unmatched:
-            table.caption = f"without a partner: {', '.join(map(str, self.unmatched))}"
-        return table
+            tree.add(Text(f"without a partner: {', '.join(map(str, self.unmatched))}"))
+        return tree
 
     def _stages(self) -> Iterator[str]:
         for stage, group in groupby(self.rows, key=lambda row: row.stage):

@@ -181,6 +181,7 @@ class GAM(nn.Module):
         norm_momentum: float | None = 0.1,
     ):
         super().__init__()
+        check_choice("channel_gate", channel_gate, ("identity", "sigmoid"))
         check_choice("shuffle", shuffle, (None, "features", "gate"))
         if shuffle is not None:
             check_divides("channel shuffle in groups of", SHUFFLE_GROUPS, channels=channels)

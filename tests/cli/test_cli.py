@@ -211,7 +211,7 @@ def test_ctrl_c_is_quiet(run, monkeypatch, best):
 
     monkeypatch.setattr(cli, "open_source", stop)
     status, _, err = run("inspect", best)
-    assert (status, err) == (130, "gam-flax: stopped\n")
+    assert (status, err) == (130, "")
 
 
 def test_the_installed_command():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from rich.console import Console
@@ -24,7 +25,7 @@ def test_the_shipped_classifier():
     assert report.ok
     about = checkpoint.metadata
     x = (images[..., None].astype(np.float32) / 255 - float(about["mean"])) / float(about["std"])
-    logits = np.asarray(flax_model(x))
+    logits = np.asarray(flax_model(jnp.asarray(x)))
     assert np.mean(logits.argmax(1) == labels) >= 0.9
     import torch
 
