@@ -7,6 +7,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from jaxtyping import Shaped
 
 from gam_flax.parity import judge
 from gam_flax.parity.align import Names, Rename, lay_parameter, layer_layout
@@ -28,7 +29,7 @@ _GROUPS = {
 def compare(
     torch_model: Any,
     flax_model: Any,
-    inputs: np.ndarray,
+    inputs: Shaped[np.ndarray, "B ..."],
     *,
     train: bool = False,
     gradients: bool = True,
@@ -53,8 +54,9 @@ def compare(
     are of their size. A tensor that is rounding noise on both sides, as the gradient of a bias
     before a BatchNorm in training, has verdict "noise" and agrees: torch's float64 value is below
     unit · largest, Flax's below unit · largest in float64 and below √unit · largest otherwise,
-    `largest` being the largest tensor of the stage. There is no other tolerance. In float32 and
-    bfloat16 both errors are the largest over eight runs with input and weights a few units off.
+    `largest` being the largest of all values or of all gradients. There is no other tolerance. In
+    float32 and bfloat16 both errors are the largest over eight runs, seven of them with input and
+    weights a few units off, so that a tensor of few numbers is not judged by luck.
 
     Layers and parameters are paired by path, leaves by the table of `gam_flax.convert.leaves`.
     What has no partner is listed in `unmatched`; only a parameter without one is a divergence.
@@ -70,7 +72,7 @@ def compare(
         torch_model: a `torch.nn.Module`.
         flax_model: an `nnx.Module` or a pair (linen module, variables). A Linen module hears of
             `train` by an argument or field of one of the usual names (train, deterministic, …).
-        inputs: (B, H, W, C), (B, features), … as Flax takes it.
+        inputs: (B, H, W, C), (B, features), … as Flax takes it, of any dtype.
         train: compare in training mode.
         gradients: whether to differentiate.
         dtype: "float64", "float32" or "bfloat16".
@@ -116,7 +118,7 @@ def compare(
 
 
 def assert_parity(
-    torch_model: Any, flax_model: Any, inputs: np.ndarray, **options: Any
+    torch_model: Any, flax_model: Any, inputs: Shaped[np.ndarray, "B ..."], **options: Any
 ) -> ParityReport:
     """`compare`, and an AssertionError that shows the first divergence where there is one.
 

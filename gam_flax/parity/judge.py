@@ -65,8 +65,9 @@ class Judge:
     shrink with their sum: in float64 their scale is the largest gradient of the model. And a
     tensor that is nothing but such errors (the gradient of a bias that a BatchNorm takes off
     again) says nothing: "noise" is what the oracle has below unit · largest and Flax below
-    noise · largest, `largest` being the scale of the stage's largest tensor, noise the unit in
-    float64 and its root in the narrower types, whose errors pile up.
+    noise · largest, `largest` being the scale of the largest tensor, noise the unit in
+    float64 and its root in the narrower types, whose errors pile up. (Values and gradients are
+    kept apart; `largest` is that of their own kind.)
 
     Args:
         dtype: one of `DTYPES`.
@@ -83,7 +84,7 @@ class Judge:
     def row(
         self, stage: str, path: str, shape: tuple[int, ...], found: Gauge, largest: float
     ) -> Row:
-        """The row of a tensor; `largest` is the stage's largest scale, and the scale of noise."""
+        """The row of a tensor; `largest` is also the scale of noise."""
         scale = largest if self.exact and "gradient" in stage else found.oracle
         allowed = self.multiple * found.torch + self.unit * scale
         quiet = found.oracle <= self.unit * largest and found.magnitude <= self.noise * largest

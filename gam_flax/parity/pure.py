@@ -40,6 +40,7 @@ def call_modes(model: Any, train: bool) -> dict[str, Any]:
 
 
 def is_float(array: Any) -> bool:
+    """Whether an array of numpy or jax holds floating numbers, bfloat16 included."""
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 
