@@ -37,6 +37,7 @@ ARGUMENTS = {
     "in_channels": 1,
     "num_classes": 10,
 }
+REFERENCE = {"channel_gate": "identity", "shuffle": None, "padding_mode": "zeros"}
 MEAN, STD = 0.2860, 0.3530  # of the training pixels, scaled to 0 … 1
 CLASSES = [
     "T-shirt",
@@ -156,7 +157,7 @@ def write(folder: Path, model: torch.nn.Module, test_set, test_accuracy: float) 
     about = {
         "build": "create_model",
         "arguments": json.dumps(ARGUMENTS),
-        "variants": json.dumps({f"attention{stage}": "reference" for stage in (1, 2, 3)}),
+        "behaviour": json.dumps({f"attention{stage}": REFERENCE for stage in (1, 2, 3)}),
         "mean": str(MEAN),
         "std": str(STD),
         "classes": json.dumps(CLASSES),

@@ -12,10 +12,11 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from gam_flax.convert.blocks import Block, identify, open_source
+from gam_flax.convert.blocks import Block, identify
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.layouts import VARIANTS
+from gam_flax.convert.source import open_source
 
 app = typer.Typer(
     help="GAM and its relatives for JAX and Flax: port PyTorch checkpoints and prove it.",

@@ -12,18 +12,22 @@ from typing import Any
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.convert.checkpoint import Checkpoint, from_mapping, from_module, read_checkpoint
+from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.layouts import LAYOUTS, UNSEEN, VARIANTS, Layout, Mismatch, behaviour
+from gam_flax.convert.source import open_source, told_by_metadata, variant_of
+
+CUSTOM = "custom"
+"""What a block is called whose source says of it what no named variant is."""
 
 FAMILIES = {
     "reference": "A",
     "gated": "B",
-    "grouped": "C",
+    "grouped": "C0",
     "replicate": "D",
     "shuffled": "F",
 }
-"""The letters of GAM's families, as `docs/families.md` has them; C without groups is C0."""
+"""The letters of GAM's families, as `docs/families.md` has them; C0 with groups is C."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,8 @@ class Block:
     variants: what the weights could mean; one name where that is settled.
     options: the constructor's arguments that the weights show, channels first.
     layers: path of each layer in the file → its canonical path.
+    unseen: the arguments that no weight shows, where the source itself says them, as live modules
+        of ours and files that this package wrote do.
     refusal: for something that has the names of a block and is none: what it is instead, or
         what does not fit. Such a block is not converted.
     """
@@ -46,6 +52,7 @@ class Block:
     variants: tuple[str, ...]
     options: Mapping[str, Any]
     layers: Mapping[str, str]
+    unseen: Mapping[str, Any] | None = None
     refusal: str | None = None
 
     @property
@@ -69,8 +76,8 @@ class Block:
         """The letters of the GAM families it could be; the variants' names for other blocks."""
         if self.kind != "gam":
             return self.variants
-        ungrouped = self.groups == 1
-        return tuple("C0" if v == "grouped" and ungrouped else FAMILIES[v] for v in self.variants)
+        letters = {**FAMILIES, "grouped": "C"} if self.groups > 1 else FAMILIES
+        return tuple(letters.get(variant, variant) for variant in self.variants)
 
     @property
     def ambiguous(self) -> bool:
@@ -78,7 +85,11 @@ class Block:
 
     def arguments(self, variant: str) -> dict[str, Any]:
         """The constructor's arguments for this block, read as `variant`."""
-        return {**self.options, **behaviour(self.kind, variant)}
+        return {**self.options, **self.behaviour(variant)}
+
+    def behaviour(self, variant: str) -> Mapping[str, Any]:
+        """The arguments that no weight shows: the source's word, else the variant's."""
+        return behaviour(self.kind, variant) if self.unseen is None else self.unseen
 
     def __str__(self) -> str:
         name = shorten(self.prefix) or "(the whole file)"
@@ -90,82 +101,6 @@ class Block:
             for variant, family in zip(self.variants, self.families, strict=True)
         )
         return f"{name}: {self.kind.upper()}, layout {self.layout}, {names}; {numbers}"
-
-
-def open_source(source: Any) -> Checkpoint:
-    """A `Checkpoint` of whatever the user has: a path, a state_dict, a torch module, itself.
-
-    Files in Flax's own layout come back in torch's, so that all that follows sees one layout.
-    """
-    if isinstance(source, Checkpoint):
-        checkpoint = source
-    elif isinstance(source, Mapping):
-        checkpoint = from_mapping(source)
-    elif hasattr(source, "state_dict") and hasattr(source, "named_modules"):
-        checkpoint = from_module(source)
-        told = _told_by_module(source, checkpoint.stripped)
-        checkpoint = replace(checkpoint, metadata={"variants": json.dumps(told)})
-    else:
-        checkpoint = read_checkpoint(source)
-    if "norms" in checkpoint.metadata and not checkpoint.norms:
-        checkpoint = replace(checkpoint, norms=_norms_of_metadata(checkpoint))
-    if checkpoint.layout == "flax":
-        tensors = {
-            leaves.torch_name(name): leaves.to_torch_layout(name, array)
-            for name, array in checkpoint.tensors.items()
-        }
-        return replace(checkpoint, tensors=tensors, layout="torch")
-    return checkpoint
-
-
-def _norms_of_metadata(checkpoint: Checkpoint) -> dict[str, dict[str, float | None]]:
-    """eps and momentum of the norms as `convert_file` wrote them."""
-    norms = _table(checkpoint, "norms")
-    for norm in norms.values():
-        numbers = norm.values() if isinstance(norm, dict) else ["not a table"]
-        if not all(value is None or isinstance(value, float | int) for value in numbers):
-            raise CheckpointError(f"{checkpoint.path}: its metadata entry 'norms' is broken")
-    return norms
-
-
-def _table(checkpoint: Checkpoint, entry: str) -> dict[str, Any]:
-    """A table that this package writes into the metadata of a file, as JSON."""
-    try:
-        table = json.loads(checkpoint.metadata.get(entry, "{}"))
-    except (json.JSONDecodeError, RecursionError):
-        table = None
-    if not isinstance(table, dict):
-        raise CheckpointError(f"{checkpoint.path}: its metadata entry {entry!r} is not a table")
-    return table
-
-
-def variant_of(kind: str, options: Mapping[str, Any]) -> str | None:
-    """The first variant of `kind` that agrees with `options` on what no weight shows."""
-    wanted = {name: options[name] for name in UNSEEN[kind]}
-    return next((v for v in VARIANTS[kind] if behaviour(kind, v) == wanted), None)
-
-
-def told_by_attributes(module: Any) -> tuple[str, dict[str, Any]] | None:
-    """Kind and unseen arguments of a live block of ours, in either framework; None for others."""
-    kind = {"GAM": "gam", "CBAM": "cbam", "SqueezeExcitation": "se", "BAM": "bam"}.get(
-        type(module).__name__
-    )
-    if kind is None or not all(hasattr(module, name) for name in UNSEEN[kind]):
-        return None
-    return kind, {name: getattr(module, name) for name in UNSEEN[kind]}
-
-
-def _told_by_module(module: Any, stripped: tuple[str, ...]) -> dict[str, str]:
-    """Which variant each live block of ours is: path, without what was stripped, → name."""
-    told = {}
-    for path, child in module.named_modules():
-        for wrapper in stripped:
-            path = path.removeprefix(wrapper)
-        found = told_by_attributes(child)
-        variant = variant_of(*found) if found else None
-        if variant:
-            told[path] = variant
-    return told
 
 
 def identify(source: Any) -> list[Block]:
@@ -185,7 +120,7 @@ def identify(source: Any) -> list[Block]:
     checkpoint = open_source(source)
     shapes = {key: array.shape for key, array in checkpoint.tensors.items()}
     paths = {leaves.split(key)[0]: None for key in shapes}
-    told = _told_by_metadata(checkpoint)
+    told = told_by_metadata(checkpoint)
     blocks: list[Block] = []
     claimed: set[str] = set()
 
@@ -200,11 +135,15 @@ def identify(source: Any) -> list[Block]:
             except Mismatch as mismatch:
                 if not layout.distinctive:
                     continue
-                block = Block(prefix, layout.kind, layout.name, (), {}, layers, str(mismatch))
+                block = _refused(prefix, layout.kind, layout.name, layers, str(mismatch))
             else:
-                variants = _possible(layout, options, told.get(prefix))
                 options.update(_norm_settings(checkpoint, layers))
-                block = Block(prefix, layout.kind, layout.name, variants, options, layers)
+                unseen = told.get(prefix)
+                if unseen is None or unseen.keys() != UNSEEN[layout.kind].keys():
+                    variants, unseen = _possible(layout, options), None
+                else:
+                    variants = (variant_of(layout.kind, unseen) or CUSTOM,)
+                block = Block(prefix, layout.kind, layout.name, variants, options, layers, unseen)
             blocks.append(block)
             claimed.update(layers)
 
@@ -258,28 +197,18 @@ def _canonical_shapes(
     return canonical
 
 
-def _possible(layout: Layout, options: Mapping[str, Any], told: str | None) -> tuple[str, ...]:
-    """The variants left, given the shapes and what the file itself says."""
+def _refused(prefix: str, kind: str, layout: str, layers: Mapping[str, str], why: str) -> Block:
+    return Block(prefix, kind, layout, (), {}, layers, refusal=why)
+
+
+def _possible(layout: Layout, options: Mapping[str, Any]) -> tuple[str, ...]:
+    """The variants left, given the shapes."""
     variants = layout.variants
     if layout.kind == "gam" and options["groups"] > 1 and layout.name != "canonical":
         variants = ("grouped",)
     if layout.kind == "gam" and options["channels"] % 4:
         variants = tuple(v for v in variants if behaviour("gam", v)["shuffle"] is None)
-    if told is None:
-        return variants
-    return tuple(v for v in variants if behaviour(layout.kind, v) == behaviour(layout.kind, told))
-
-
-def _told_by_metadata(checkpoint: Checkpoint) -> dict[str, str]:
-    """What `save` and `gam-flax convert` wrote about variants: path → name."""
-    told = _table(checkpoint, "variants")
-    for prefix, name in told.items():
-        if not any(name in known for known in VARIANTS.values() if isinstance(name, str)):
-            raise CheckpointError(
-                f"{checkpoint.path}: its metadata call {shorten(prefix)} {shorten(name)!r}, "
-                "which is no variant"
-            )
-    return told
+    return variants
 
 
 def _norm_settings(checkpoint: Checkpoint, layers: Mapping[str, str]) -> dict[str, Any]:
@@ -333,7 +262,7 @@ def _look_alikes(
     for prefix, layers in owners.items():
         if halves[prefix] == {"channel", "spatial"}:
             reason = _what_it_is(prefix, layers, shapes)
-            yield Block(prefix, "gam", "unknown", (), {}, layers, reason)
+            yield _refused(prefix, "gam", "unknown", layers, reason)
 
 
 def _what_it_is(
@@ -392,6 +321,18 @@ def canonical_tensors(checkpoint: Checkpoint, blocks: list[Block]) -> dict[str, 
     return tensors
 
 
+def alone(checkpoint: Checkpoint, block: Block, variant: str) -> Checkpoint:
+    """One block of a checkpoint as if the file held nothing else, under canonical names."""
+    cut = leaves.join(block.prefix, "")
+    tensors = canonical_tensors(checkpoint, [block])
+    return replace(
+        checkpoint,
+        tensors={k[len(cut) :]: array for k, array in tensors.items() if k.startswith(cut)},
+        metadata={"behaviour": json.dumps({"": dict(block.behaviour(variant))})},
+        norms={},
+    )
+
+
 def decide(
     blocks: list[Block], variant: str | Mapping[str, str] | None, where: str
 ) -> dict[str, str]:
@@ -431,7 +372,7 @@ def _decide_one(block: Block, word: str | None, where: str) -> str:
             )
         return block.variants[0]
     wanted = behaviour(block.kind, word)
-    if all(behaviour(block.kind, v) != wanted for v in block.variants):
+    if all(block.behaviour(v) != wanted for v in block.variants):
         raise CheckpointError(
             f"{where}: {name} is {' or '.join(block.variants)} (layout {block.layout}, groups "
             f"{block.groups}), not {word!r}"

@@ -10,20 +10,18 @@ import numpy as np
 
 from gam_flax.convert import leaves
 from gam_flax.convert.blocks import (
+    CUSTOM,
     Block,
     canonical_tensors,
     decide,
     identify,
-    open_source,
     renames,
-    told_by_attributes,
-    variant_of,
 )
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.flax_paths import linen_leaves, nnx_modules, nnx_variables
-from gam_flax.convert.layouts import UNSEEN, behaviour
 from gam_flax.convert.report import ConversionReport
+from gam_flax.convert.source import open_source, told_by_attributes, variant_of
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -289,15 +287,16 @@ def _variants(
             continue
         kind, built = attributes[path]
         block = blocks[path]
-        if kind == block.kind and behaviour(kind, name) != built:
+        said = block.behaviour(name)
+        if kind == block.kind and said != built:
             differing = ", ".join(
-                f"{argument}={built[argument]!r} instead of {behaviour(kind, name)[argument]!r}"
-                for argument in UNSEEN[kind]
-                if built[argument] != behaviour(kind, name)[argument]
+                f"{argument}={built[argument]!r} instead of {said[argument]!r}"
+                for argument in said
+                if built[argument] != said[argument]
             )
             raise CheckpointError(
                 f"{where}: {shorten(path) or 'the block'} is {name!r}, the model was built as "
-                f"{variant_of(kind, built) or 'another'!r}: {differing}"
+                f"{variant_of(kind, built) or CUSTOM!r}: {differing}"
             )
     return variants
 

@@ -147,30 +147,21 @@ def _describe_cbam(shapes: Shapes) -> dict[str, Any]:
     }
 
 
-def _describe_se(shapes: Shapes) -> dict[str, Any]:
-    channels, hidden, form = _bottleneck(shapes, "fc1", "fc2")
-    if hidden > channels:
-        raise Mismatch(f"{hidden} hidden channels for {channels}: it widens, SE squeezes")
-    return {
-        "channels": channels,
-        "ratio": ratio_of(channels, hidden),
-        "projection": form,
-        "use_bias": _has_bias(shapes, "fc1", "fc2"),
-    }
+def _describe_se(projection: str) -> Callable[[Shapes], dict[str, Any]]:
+    def describe(shapes: Shapes) -> dict[str, Any]:
+        channels, hidden, form = _bottleneck(shapes, "fc1", "fc2")
+        if form != projection:
+            raise Mismatch(f"fc1.weight is {shapes['fc1.weight']}, not {projection}")
+        if hidden > channels:
+            raise Mismatch(f"{hidden} hidden channels for {channels}: it widens, SE squeezes")
+        return {
+            "channels": channels,
+            "ratio": ratio_of(channels, hidden),
+            "projection": form,
+            "use_bias": _has_bias(shapes, "fc1", "fc2"),
+        }
 
-
-def _describe_se_conv(shapes: Shapes) -> dict[str, Any]:
-    options = _describe_se(shapes)
-    if options["projection"] != "conv":
-        raise Mismatch("fc1 is linear, not a 1×1 convolution")
-    return options
-
-
-def _describe_se_linear(shapes: Shapes) -> dict[str, Any]:
-    options = _describe_se(shapes)
-    if options["projection"] != "linear":
-        raise Mismatch("fc1 is a convolution, not linear")
-    return options
+    return describe
 
 
 def _describe_bam(shapes: Shapes) -> dict[str, Any]:
@@ -229,6 +220,16 @@ def _cbam(name: str, variants: tuple[str, ...], layers: str, distinctive: bool =
     return Layout("cbam", name, names, variants, _describe_cbam, distinctive)
 
 
+def _se(name: str, variants: tuple[str, ...], layers: str, projection: str) -> Layout:
+    names = dict(zip(layers.split(), ("fc1", "fc2"), strict=True))
+    return Layout("se", name, names, variants, _describe_se(projection), distinctive=False)
+
+
+def _bam(name: str, variants: tuple[str, ...], layers: str, distinctive: bool = True) -> Layout:
+    names = dict(zip(layers.split(), _BAM, strict=True))
+    return Layout("bam", name, names, variants, _describe_bam, distinctive)
+
+
 def _short_cbams() -> Iterator[Layout]:
     """The short rewrites of CBAM: no norm, the order of the two maps not to be told."""
     for channel, spatial in (("channel_attention", "spatial_attention"), ("ca", "sa")):
@@ -274,53 +275,18 @@ LAYOUTS: tuple[Layout, ...] = (
     ),
     _cbam("canonical", ("reference", "timm"), " ".join(_CBAM), distinctive=False),
     *_short_cbams(),
-    Layout(
-        "bam",
+    _bam(
         "Jongchan",
-        dict(
-            zip(
-                (
-                    "channel_att.gate_c.gate_c_fc_0",
-                    "channel_att.gate_c.gate_c_bn_1",
-                    "channel_att.gate_c.gate_c_fc_final",
-                    "spatial_att.gate_s.gate_s_conv_reduce0",
-                    "spatial_att.gate_s.gate_s_bn_reduce0",
-                    "spatial_att.gate_s.gate_s_conv_di_0",
-                    "spatial_att.gate_s.gate_s_bn_di_0",
-                    "spatial_att.gate_s.gate_s_conv_di_1",
-                    "spatial_att.gate_s.gate_s_bn_di_1",
-                    "spatial_att.gate_s.gate_s_conv_final",
-                ),
-                _BAM,
-                strict=True,
-            )
-        ),
         ("reference",),
-        _describe_bam,
+        "channel_att.gate_c.gate_c_fc_0 channel_att.gate_c.gate_c_bn_1 "
+        "channel_att.gate_c.gate_c_fc_final "
+        "spatial_att.gate_s.gate_s_conv_reduce0 spatial_att.gate_s.gate_s_bn_reduce0 "
+        "spatial_att.gate_s.gate_s_conv_di_0 spatial_att.gate_s.gate_s_bn_di_0 "
+        "spatial_att.gate_s.gate_s_conv_di_1 spatial_att.gate_s.gate_s_bn_di_1 "
+        "spatial_att.gate_s.gate_s_conv_final",
     ),
-    Layout("bam", "canonical", {n: n for n in _BAM}, ("reference", "paper"), _describe_bam, False),
-    Layout(
-        "se",
-        "moskomule",
-        {"fc.0": "fc1", "fc.2": "fc2"},
-        ("reference",),
-        _describe_se_linear,
-        distinctive=False,
-    ),
-    Layout(
-        "se",
-        "torchvision",
-        {"fc1": "fc1", "fc2": "fc2"},
-        ("torchvision", "mobilenet_v3"),
-        _describe_se_conv,
-        distinctive=False,
-    ),
-    Layout(
-        "se",
-        "canonical",
-        {"fc1": "fc1", "fc2": "fc2"},
-        ("reference", "mobilenet_v3"),
-        _describe_se_linear,
-        distinctive=False,
-    ),
+    _bam("canonical", ("reference", "paper"), " ".join(_BAM), distinctive=False),
+    _se("moskomule", ("reference",), "fc.0 fc.2", "linear"),
+    _se("torchvision", ("torchvision", "mobilenet_v3"), "fc1 fc2", "conv"),
+    _se("canonical", ("reference", "mobilenet_v3"), "fc1 fc2", "linear"),
 )

@@ -12,11 +12,12 @@ import ml_dtypes
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.convert.blocks import Block, canonical_tensors, decide, identify, open_source, renames
+from gam_flax.convert.blocks import Block, canonical_tensors, decide, identify, renames
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free, write_safetensors, write_torch
 from gam_flax.convert.report import ConversionReport
+from gam_flax.convert.source import open_source
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -118,7 +119,8 @@ def _metadata(
 ) -> dict[str, str]:
     """What the weights cannot say; what the source's own metadata said stays."""
     metadata = {key: value for key, value in checkpoint.metadata.items() if key != "format"}
-    metadata["variants"] = json.dumps(dict(variants))
+    said = {b.prefix: dict(b.behaviour(variants[b.prefix])) for b in blocks}
+    metadata["behaviour"] = json.dumps(said)
     names = renames(blocks)
     norms = {names.get(path, path): norm for path, norm in checkpoint.norms.items()}
     if norms:

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.convert.blocks import told_by_attributes, variant_of
 from gam_flax.convert.checkpoint import read_checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import write_safetensors
 from gam_flax.convert.flax_paths import arrays, nnx_modules
 from gam_flax.convert.into_flax import load_torch
+from gam_flax.convert.source import told_by_attributes
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -75,7 +75,8 @@ def save(model: nnx.Module, path: str | os.PathLike, *, force: bool = False) -> 
     """Writes a safetensors file with Flax paths; `load` builds the same model from it.
 
     The metadata hold the constructor and its arguments where the model is one of this package's,
-    and the variant of each attention block in it. A file is written whole or not at all.
+    what no weight shows of each attention block in it, and the norms' eps. A file is written
+    whole or not at all.
 
     Raises:
         CheckpointError: `path` exists and `force` is not given, or it cannot be written.
@@ -83,12 +84,12 @@ def save(model: nnx.Module, path: str | os.PathLike, *, force: bool = False) -> 
     from gam_flax.ops.batch_norm import BatchNorm
 
     metadata = {"format": "flax", **constructor(model)}
-    variants = {
-        where: variant_of(*told)
+    said = {
+        where: told[1]
         for where, module in nnx_modules(model).items()
         if (told := told_by_attributes(module))
     }
-    metadata["variants"] = json.dumps({k: v for k, v in variants.items() if v})
+    metadata["behaviour"] = json.dumps(said)
     metadata["norms"] = json.dumps(
         {
             where: {"eps": module.eps, "momentum": module.momentum}

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from gam_flax.convert.blocks import Block, canonical_tensors
+from gam_flax.convert.blocks import Block, alone
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.into_flax import load_torch
@@ -61,10 +61,7 @@ def rank_variants(
     x, y = (_channels_last(array, block, name) for array, name in ((x, "input"), (y, "output")))
     if x.shape != y.shape:
         raise CheckpointError(f"input {x.shape} and output {y.shape} of a block differ in shape")
-    tensors = canonical_tensors(checkpoint, [block])
-    cut = f"{block.prefix}." if block.prefix else ""
-    tensors = {k[len(cut) :]: v for k, v in tensors.items() if k.startswith(cut)}
-    has_norm = any(key.endswith("running_var") for key in tensors)
+    has_norm = any(layer.rpartition(".")[2].startswith("norm") for layer in block.layers.values())
     known = block.options.get("norm_eps")
     settings = (known,) if known is not None or not has_norm else KNOWN_EPS
     scale = float(np.abs(y).max()) or 1.0
@@ -77,7 +74,7 @@ def rank_variants(
             model = create_attention(
                 block.kind, **options, param_dtype=jnp.float64, rngs=nnx.Rngs(0)
             )
-            load_torch(model, tensors, variant=variant)
+            load_torch(model, alone(checkpoint, block, variant))
             model.eval()
             error = np.abs(np.asarray(model(jnp.asarray(x, jnp.float64))) - y).max()
             distance = float(error) / scale if np.isfinite(error) else float("inf")

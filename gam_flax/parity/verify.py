@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from gam_flax.convert.blocks import Block, canonical_tensors, decide, identify
+from gam_flax.convert.blocks import Block, alone, canonical_tensors, decide, identify
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.into_flax import load_torch
@@ -29,12 +30,10 @@ def verify_blocks(
     for block in blocks:
         arguments = {"name": block.kind, **block.arguments(variants[block.prefix])}
         made = {"build": "create_attention", "arguments": json.dumps(arguments)}
-        cut = f"{block.prefix}." if block.prefix else ""
-        tensors = canonical_tensors(checkpoint, [block])
-        own = {k[len(cut) :]: array for k, array in tensors.items() if k.startswith(cut)}
+        own = alone(checkpoint, block, variants[block.prefix])
         name = f"{shorten(block.prefix) or 'the block'} as {variants[block.prefix]}"
         shape = (2, 12, 11, block.channels)
-        reports[name] = _compare_twins(made, own, variants[block.prefix], shape, checkpoint.path)
+        reports[name] = _compare_twins(made, own, shape)
     return reports
 
 
@@ -55,8 +54,9 @@ def verify_model(
         raise CheckpointError(f"{checkpoint.path}: no conv1.weight; it is not a {name}")
     side = 64 if tensors["conv1.weight"].shape[-1] == 7 else 32
     shape = (2, side, side, tensors["conv1.weight"].shape[1])
-    word = {block.kind: variants[block.prefix] for block in blocks if not block.refusal}
-    return {name or "the network": _compare_twins(made, tensors, word, shape, checkpoint.path)}
+    said = {b.prefix: dict(b.behaviour(variants[b.prefix])) for b in blocks if not b.refusal}
+    whole = replace(checkpoint, tensors=tensors, metadata={"behaviour": json.dumps(said)}, norms={})
+    return {name or "the network": _compare_twins(made, whole, shape)}
 
 
 def _constructor(
@@ -90,19 +90,17 @@ def _constructor(
 
 
 def _compare_twins(
-    made: Mapping[str, str],
-    tensors: Mapping[str, np.ndarray],
-    variant: Variant,
-    shape: tuple[int, ...],
-    where: str,
+    made: Mapping[str, str], checkpoint: Checkpoint, shape: tuple[int, ...]
 ) -> ParityReport:
+    """Both twins, filled from `checkpoint`, on random input of `shape`."""
     import gam_flax
     import gam_torch
     from gam_flax.convert.files import to_torch_tensor
     from gam_flax.parity.comparison import compare
 
+    where, tensors = checkpoint.path, checkpoint.tensors
     torch_model, flax_model = build(gam_torch, made, where), build(gam_flax, made, where)
-    load_torch(flax_model, tensors, variant=variant)
+    load_torch(flax_model, checkpoint)
     state = {key: to_torch_tensor(array) for key, array in tensors.items()}
     missing, unexpected = torch_model.load_state_dict(state, strict=False)
     wrong = [*unexpected, *(key for key in missing if not key.endswith("num_batches_tracked"))]

@@ -20,11 +20,9 @@ VARIANTS = {
 REGISTRY = {"gam": "GAM", "cbam": "CBAM", "se": "SqueezeExcitation", "bam": "BAM"}
 NORMS = ["GAM", "CBAM", "BAM"]  # the blocks that remember statistics
 
-every_variant = pytest.mark.parametrize(
-    "name, variant",
-    [(name, variant) for name, table in VARIANTS.items() for variant in table]
-    + [("ChannelAttention", None), ("SpatialAttention", None)],
-)
+BLOCKS = [(name, variant) for name, table in VARIANTS.items() for variant in table]
+BLOCKS += [("ChannelAttention", None), ("SpatialAttention", None)]
+
 every_block = pytest.mark.parametrize("name", VARIANTS)
 
 
@@ -35,7 +33,7 @@ def pictures(*shape: int) -> np.ndarray:
 # Shapes and statistics
 
 
-@every_variant
+@pytest.mark.parametrize("name, variant", BLOCKS)
 @pytest.mark.parametrize("size", [(0, 3, 2), (1, 1, 1), (3, 8, 5)], ids=str)
 def test_output_has_the_shape_of_the_input(make, name, variant, size):
     x = pictures(*size, 16)
@@ -70,12 +68,21 @@ def test_training_counts_batches_and_moves_statistics_unless_the_batch_is_empty(
 # Variants and the registry
 
 
-@every_variant
-def test_every_framework_has_the_same_tensors(make, name, variant):
+@pytest.mark.parametrize(
+    "name, variant, options",
+    [(*block, {}) for block in BLOCKS]
+    + [
+        ("GAM", None, {"ratio": 2, "kernel_size": 3, "groups": 2, "use_bias": False}),
+        ("CBAM", None, {"ratio": 2, "kernel_size": 3, "use_bias": False, "spatial_bias": True}),
+        ("SqueezeExcitation", None, {"ratio": 2, "projection": "conv", "use_bias": True}),
+        ("BAM", None, {"ratio": 2, "use_bias": False}),
+    ],
+)
+def test_every_framework_has_the_same_tensors(make, name, variant, options):
     """Names are equal after the leaf table, shapes after its transposition."""
     pytest.importorskip("torch")
-    twin = TorchBlock(name, 16, variant).tensors()
-    tensors = make(name, 16, variant).tensors()
+    twin = TorchBlock(name, 16, variant, **options).tensors()
+    tensors = make(name, 16, variant, **options).tensors()
     if make.framework != "torch":
         tensors = {
             key: to_torch_layout("kernel" if value.ndim > 1 else "", value)

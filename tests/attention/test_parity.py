@@ -153,7 +153,7 @@ def test_blocks_are_the_same_in_float64(name, variant, data):
 
 @pytest.mark.slow
 @every_variant
-@examples(40)
+@examples(15)
 @given(data=st.data())
 def test_many_blocks_are_the_same_in_float64(name, variant, data):
     with exact_hard_sigmoid():

@@ -116,6 +116,15 @@ def test_the_model_must_be_built_as_the_variant():
     assert load_torch(gam(channel_gate="sigmoid"), state, variant="paper").ok  # gated, by r = 16
 
 
+def test_a_combination_without_a_name_goes_over():
+    options = {"channel_gate": "sigmoid", "shuffle": "gate", "padding_mode": "replicate"}
+    theirs, ours = gam_torch.GAM(C, **options), gam(**options)
+    report = load_torch(ours, theirs)
+    assert report.variants == {"": "custom"}
+    with pytest.raises(CheckpointError, match="is 'custom'.*padding_mode='zeros' instead"):
+        load_torch(gam(channel_gate="sigmoid", shuffle="gate"), theirs)
+
+
 def test_a_word_against_the_weights_is_refused():
     grouped = gam_flax.GAM.from_variant("grouped", C, rngs=nnx.Rngs(0))
     state = WildGAM(C, group=True).state_dict()

@@ -189,7 +189,7 @@ def test_a_model_of_the_users_own_is_saved_without_a_constructor(tmp_path):
         {"build": "GAM", "arguments": "not json"},
         {"build": "GAM", "arguments": "[1]"},
         {"build": "GAM", "arguments": '{"channels": 100000000}'},
-        {"build": "GAM", "arguments": '{"channels": 16}', "variants": '{"": "spam"}'},
+        {"build": "GAM", "arguments": '{"channels": 16}', "behaviour": '{"": "spam"}'},
         {"build": "GAM", "arguments": '{"channels": 16}', "norms": '{"a": 3}'},
     ],
 )

@@ -199,6 +199,7 @@ def test_trains_under_jit_and_after_split_and_merge():
         rngs=nnx.Rngs(0),
     )
     graph, params, rest = nnx.split(model, nnx.Param, ...)
+    assert hash(graph) == hash(nnx.graphdef(model))  # as nnx.jit wants it
     x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 9, 8, 3)), jnp.float32)
 
     @jax.jit
