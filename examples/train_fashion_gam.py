@@ -32,7 +32,7 @@ from gam_torch import create_model
 ARGUMENTS = {
     "name": "resnet8",
     "attention": "gam",
-    "attention_options": {"ratio": 4},
+    "attention_options": {"variant": "reference"},
     "attention_at": [1, 2, 3],
     "in_channels": 1,
     "num_classes": 10,

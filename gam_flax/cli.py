@@ -162,6 +162,57 @@ def demo(
     run_demo(console, out, force=force)
 
 
+@app.command()
+def summary(
+    name: Annotated[str, typer.Argument(help="A network of list_models(), such as resnet50.")],
+    attention: Annotated[str | None, typer.Option(help="A block of list_attentions().")] = None,
+    stem: Annotated[
+        str | None, typer.Option(help="imagenet or cifar; default: the network's own.")
+    ] = None,
+    classes: Annotated[int, typer.Option(min=1)] = 1000,
+    side: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels of the picture's side; default: 32 for cifar, else 224."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Parameters and multiply-adds of every layer of a network, from shapes alone."""
+    from gam_flax.attention.registry import list_attentions
+    from gam_flax.costs import count_network
+    from gam_flax.models.registry import list_models
+
+    _check_choice("NAME", name, tuple(list_models()))
+    _check_choice("--attention", attention, (None, *list_attentions()))
+    _check_choice("--stem", stem, (None, "imagenet", "cifar"))
+    options = {"stem": stem} if stem else {}
+    try:
+        counted = count_network(
+            name, side=side, attention=attention, num_classes=classes, **options
+        )
+    except TypeError as error:
+        if not stem:
+            raise
+        raise CheckpointError(f"--stem {stem}: {shorten(error, 200)}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{name}: {shorten(error, 200)}") from error
+    if as_json:
+        print(counted.to_json())
+    else:
+        console.print(counted)
+
+
+@app.command()
+def costs(as_json: Json = False) -> None:
+    """The paper's parameters and multiply-adds beside our own count."""
+    from gam_flax.costs import COSTS, count, to_json, to_tables
+
+    rows = [count(cost) for cost in COSTS]
+    if as_json:
+        print(to_json(rows))
+    else:
+        console.print(to_tables(rows))
+
+
 def _decide_by_pair(
     checkpoint: Checkpoint, name: str | None, input_file: Path, output_file: Path, as_json: bool
 ) -> None:

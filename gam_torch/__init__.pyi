@@ -6,6 +6,9 @@ from .attention import SpatialAttention as SpatialAttention
 from .attention import SqueezeExcitation as SqueezeExcitation
 from .attention import create_attention as create_attention
 from .attention import list_attentions as list_attentions
+from .attention import start_as_identity as start_as_identity
+from .models import MobileNetV2 as MobileNetV2
 from .models import ResNet as ResNet
 from .models import create_model as create_model
 from .models import list_models as list_models
+from .models import summarize as summarize

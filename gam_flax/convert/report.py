@@ -17,6 +17,8 @@ class ConversionReport:
     missing: Flax leaves that the source has nothing for, by their torch keys.
     unexpected: keys of the source that the model has no place for.
     mismatched: torch key → the shape found and the shape expected, both in torch's layout.
+    kept: layers that keep their initialisation, as `keep` asked.
+    left: keys of the source that belong to such layers and were not taken.
     cast: torch key → the dtype found and the dtype of the model.
     not_finite: keys whose tensors hold NaN or infinity.
     settings: norm layer → (setting, the model's value, the source's value, now the model's).
@@ -29,6 +31,8 @@ class ConversionReport:
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
     mismatched: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    kept: list[str] = field(default_factory=list)
+    left: list[str] = field(default_factory=list)
     cast: dict[str, tuple[str, str]] = field(default_factory=dict)
     not_finite: list[str] = field(default_factory=list)
     settings: dict[str, list[tuple[str, float | None, float | None]]] = field(default_factory=dict)
@@ -37,7 +41,7 @@ class ConversionReport:
 
     @property
     def ok(self) -> bool:
-        """Whether every leaf of the model was filled and every tensor found its place."""
+        """Whether every leaf was filled and every tensor found its place, but for `kept`."""
         return not (self.missing or self.unexpected or self.mismatched)
 
     def problems(self) -> list[str]:
@@ -57,13 +61,22 @@ class ConversionReport:
 
     def __str__(self) -> str:
         lines = [f"{len(self.mapped)} tensors converted"]
+        if self.kept:
+            lines.append(f"{_some(self.kept)}: keep their initialisation")
+        if self.left:
+            lines.append(f"{_some(self.left)}: left in the source")
         if self.cast:
             pairs = sorted(set(self.cast.values()))
             kinds = ", ".join(f"{found} to {expected}" for found, expected in pairs)
             lines.append(f"{len(self.cast)} cast: {kinds}")
         if self.not_finite:
-            names = ", ".join(map(shorten, self.not_finite[:3]))
-            lines.append(f"{len(self.not_finite)} with NaN or infinity: {names}")
+            lines.append(f"NaN or infinity in {_some(self.not_finite)}")
         for path, changes in self.settings.items():
             lines += [f"{path}: {name} {old} → {new}" for name, old, new in changes]
         return "\n".join([*lines, *self.problems(), *self.notes])
+
+
+def _some(names: list[str]) -> str:
+    """How many, and the first of them."""
+    more = ", …" if len(names) > 4 else ""
+    return f"{len(names)} ({', '.join(map(shorten, names[:4]))}{more})"

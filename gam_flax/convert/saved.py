@@ -26,6 +26,7 @@ BUILDERS = (
     "CBAM",
     "GAM",
     "ChannelAttention",
+    "MobileNetV2",
     "ResNet",
     "SpatialAttention",
     "SqueezeExcitation",
@@ -158,7 +159,7 @@ def build(package: Any, metadata: Mapping[str, str], where: str) -> Any:
         arguments = json.loads(metadata.get("arguments", "{}"))
         make = getattr(package, name)
         if package.__name__ == "gam_torch":
-            for only_flax in ("dtype", "param_dtype"):
+            for only_flax in ("dtype", "param_dtype", "remat"):
                 arguments.pop(only_flax, None)
             return make(**arguments)
         return _shapes_of(make, arguments)

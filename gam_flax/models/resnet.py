@@ -13,10 +13,19 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from gam_flax.attention.common import check_choice
-from gam_flax.models.common import Attention, build_attention
+from gam_flax.models.common import (
+    Attend,
+    Attention,
+    AttentionAt,
+    Stage,
+    attends,
+    attends_not,
+    check_classes,
+    stages_with_attention,
+)
 from gam_flax.ops.batch_norm import BatchNorm
 from gam_flax.ops.conv import conv2d, max_pool2d
-from gam_flax.ops.sequential import Sequential
+from gam_flax.ops.sequential import Sequential, run_layers
 
 
 def _conv(
@@ -75,8 +84,7 @@ class BasicBlock(nnx.Module):
         *,
         stride: int = 1,
         shortcut_kind: str = "projection",
-        attention: Attention = None,
-        attention_options: Mapping[str, Any] | None = None,
+        attend: Attend = attends_not,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -86,7 +94,7 @@ class BasicBlock(nnx.Module):
         self.bn1 = BatchNorm(width, **types)
         self.conv2 = _conv(width, width, 3, **types)
         self.bn2 = BatchNorm(width, **types)
-        self.attention = build_attention(attention, width, attention_options or {}, **types)
+        self.attention = attend(width)
         self.downsample = _shortcut(shortcut_kind, in_channels, width, stride, **types)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -109,8 +117,7 @@ class Bottleneck(nnx.Module):
         *,
         stride: int = 1,
         shortcut_kind: str = "projection",
-        attention: Attention = None,
-        attention_options: Mapping[str, Any] | None = None,
+        attend: Attend = attends_not,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -123,7 +130,7 @@ class Bottleneck(nnx.Module):
         self.bn2 = BatchNorm(width, **types)
         self.conv3 = _conv(width, out_channels, 1, **types)
         self.bn3 = BatchNorm(out_channels, **types)
-        self.attention = build_attention(attention, out_channels, attention_options or {}, **types)
+        self.attention = attend(out_channels)
         self.downsample = _shortcut(shortcut_kind, in_channels, out_channels, stride, **types)
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w D"]:
@@ -154,12 +161,15 @@ class ResNet(nnx.Module):
         shortcut: where the shape changes, "projection" (1×1 convolution and norm) or "pad"
             (no weights, as the CIFAR networks of the paper).
         in_channels: channels of the picture.
-        num_classes: outputs of `fc`.
+        num_classes: outputs of `fc`; 0 for none, the network then returns what `fc` would see.
         attention: a name of `list_attentions()`, a factory called with the channels, or None.
-        attention_options: arguments of each block; GAM without any is the paper's
-            (sigmoid on both gates, ratio 16).
+        attention_options: arguments of each block; GAM is the paper's (sigmoid on both gates,
+            ratio 16) but for these.
         attention_at: "blocks" (before the residual addition of every block, as the papers of
             GAM, CBAM and SE do) or the stages, counted from 1, that a block follows.
+        identity_start: the blocks begin as nearly the identity, see `start_as_identity`.
+        remat: in the backward pass compute each block once more instead of keeping what is inside
+            it: less memory, more time.
         dtype: of the computation; None for the wider of the input's and the parameters' type.
         param_dtype: of the parameters.
         rngs: draws the parameters, as Flax does by default; see `torch_default_init`.
@@ -182,7 +192,9 @@ class ResNet(nnx.Module):
         num_classes: int = 1000,
         attention: Attention = None,
         attention_options: Mapping[str, Any] | None = None,
-        attention_at: Literal["blocks"] | Sequence[int] = "blocks",
+        attention_at: AttentionAt = "blocks",
+        identity_start: bool = False,
+        remat: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
         rngs: nnx.Rngs,
@@ -192,10 +204,8 @@ class ResNet(nnx.Module):
         check_choice("shortcut", shortcut, ("projection", "pad"))
         if len(layers) != len(widths):
             raise ValueError(f"{len(layers)} stages in layers, {len(widths)} in widths")
-        stages = range(1, len(layers) + 1)
-        after = () if attention_at == "blocks" else tuple(attention_at)
-        for stage in after:
-            check_choice("attention_at", stage, stages)
+        check_classes(num_classes)
+        after = stages_with_attention(attention_at, len(layers))
         self.layers = tuple(layers)
         self.block = block
         self.widths = tuple(widths)
@@ -206,6 +216,8 @@ class ResNet(nnx.Module):
         self.attention = attention
         self.attention_options = freeze(dict(attention_options or {}))
         self.attention_at = attention_at if attention_at == "blocks" else after
+        self.identity_start = identity_start
+        self.remat = remat
         self.dtype = dtype
         self.param_dtype = param_dtype
 
@@ -214,7 +226,7 @@ class ResNet(nnx.Module):
         self.conv1 = _conv(in_channels, widths[0], kernel_size, stride, **types)
         self.bn1 = BatchNorm(widths[0], **types)
         channels = widths[0]
-        inside = attention if attention_at == "blocks" else None
+        attend = attends(attention, attention_options, identity_start=identity_start, **types)
         for stage, (count, width) in enumerate(zip(layers, widths, strict=True), 1):
             blocks = []
             for i in range(count):
@@ -223,26 +235,38 @@ class ResNet(nnx.Module):
                     width,
                     stride=2 if stage > 1 and i == 0 else 1,
                     shortcut_kind=shortcut,
-                    attention=inside,
-                    attention_options=attention_options,
+                    attend=attend if attention_at == "blocks" else attends_not,
                     **types,
                 )
                 blocks.append(made)
                 channels = width * made.expansion
             setattr(self, f"layer{stage}", Sequential(blocks))
             if stage in after:
-                made = build_attention(attention, channels, attention_options or {}, **types)
-                setattr(self, f"attention{stage}", made)
-        self.fc = nnx.Linear(channels, num_classes, **types)
+                setattr(self, f"attention{stage}", attend(channels))
+        self.reset_classifier(num_classes, rngs=rngs)
 
-    def features(self, x: Float[Array, "B H W C"]) -> list[Array]:
-        """The output of each stage, its attention block included."""
+    @property
+    def stages(self) -> list[Stage]:
+        """What `stage_outputs` returns, for those who build on it."""
+        stem, expansion = 4 if self.stem == "imagenet" else 1, BLOCKS[self.block].expansion
+        return [Stage(width * expansion, stem * 2**i) for i, width in enumerate(self.widths)]
+
+    def reset_classifier(self, num_classes: int, *, rngs: nnx.Rngs) -> None:
+        """A new `fc` of so many classes; none for 0. Any module of (B, C) may stand there."""
+        check_classes(num_classes)
+        types = {"dtype": self.dtype, "param_dtype": self.param_dtype, "rngs": rngs}
+        self.num_classes = num_classes
+        head = nnx.Linear(self.stages[-1].channels, num_classes, **types) if num_classes else None
+        self.fc = nnx.data(head)  # or a place that once was None would take no module
+
+    def stage_outputs(self, x: Float[Array, "B H W C"]) -> list[Array]:
+        """The output of each stage, its attention block included; sizes as `stages` has them."""
         x = jax.nn.relu(self.bn1(self.conv1(x)))
         if self.stem == "imagenet":
             x = max_pool2d(x, 3, stride=2, padding=1)
         outputs = []
         for stage in range(1, len(self.layers) + 1):
-            x = getattr(self, f"layer{stage}")(x)
+            x = run_layers(getattr(self, f"layer{stage}"), x, remat=self.remat)
             attention = getattr(self, f"attention{stage}", None)
             if attention is not None:
                 x = attention(x)
@@ -250,4 +274,5 @@ class ResNet(nnx.Module):
         return outputs
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B K"]:
-        return self.fc(jnp.mean(self.features(x)[-1], (1, 2)))
+        x = jnp.mean(self.stage_outputs(x)[-1], (1, 2))
+        return x if self.fc is None else self.fc(x)

@@ -35,3 +35,18 @@ class Sequential(nnx.Module):
         for layer in self:
             x = layer(x)
         return x
+
+
+def run_layers(layers: Iterable[Any], x: Any, *, remat: bool) -> Any:
+    """The layers in turn. With `remat` the backward pass computes each once more from its input,
+    and what is inside it is not kept."""
+    if not remat and isinstance(layers, Sequential):
+        return layers(x)
+    for layer in layers:
+        x = _recomputed(layer, x) if remat else layer(x)
+    return x
+
+
+@nnx.remat
+def _recomputed(layer, x):
+    return layer(x)

@@ -7,12 +7,9 @@ from collections.abc import Callable, Container, Mapping
 import numpy as np
 
 from gam_flax.convert import leaves
+from gam_flax.convert.rename import Rename, renamed
 from gam_flax.parity.judge import gap
 from gam_flax.parity.trace import Place, channels_last
-
-Rename = Mapping[str, str] | Callable[[str], str] | None
-"""torch's path of a layer → Flax's. A mapping also holds for what lies under a path, the longest
-path first, and may name single tensors by their keys."""
 
 
 class Names:
@@ -23,13 +20,7 @@ class Names:
 
     def layer(self, path: str) -> str:
         """The Flax path of a torch layer."""
-        if callable(self._rename):
-            return self._rename(path)
-        renamed = self._rename or {}
-        for prefix in sorted(renamed, key=len, reverse=True):
-            if path == prefix or path.startswith(f"{prefix}."):
-                return renamed[prefix] + path[len(prefix) :]
-        return path
+        return renamed(path, self._rename)
 
     def place(self, place: Place) -> Place:
         """The same output of the same call of the Flax layer."""

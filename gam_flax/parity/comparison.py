@@ -9,8 +9,9 @@ import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
+from gam_flax.convert.rename import Rename
 from gam_flax.parity import judge
-from gam_flax.parity.align import Names, Rename, lay_parameter, layer_layout
+from gam_flax.parity.align import Names, lay_parameter, layer_layout
 from gam_flax.parity.report import ParityReport, Row, Unmatched
 from gam_flax.parity.trace import Trace, wide
 

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from gam_flax.convert import leaves
 from gam_flax.convert.blocks import Block, alone, canonical_tensors, decide, identify
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.into_flax import load_torch
+from gam_flax.convert.rename import aliases, renamed
 from gam_flax.convert.saved import build
 
 if TYPE_CHECKING:
@@ -48,34 +50,64 @@ def verify_model(
     """
     blocks = identify(checkpoint)
     variants = decide(blocks, variant, checkpoint.path)
-    made = checkpoint.metadata if name is None else _constructor(checkpoint, name, blocks, variants)
     tensors = canonical_tensors(checkpoint, blocks)
-    if "conv1.weight" not in tensors:
-        raise CheckpointError(f"{checkpoint.path}: no conv1.weight; it is not a {name}")
-    side = 64 if tensors["conv1.weight"].shape[-1] == 7 else 32
-    shape = (2, side, side, tensors["conv1.weight"].shape[1])
+    made = checkpoint.metadata
+    if name is not None:
+        template = _plain_twin(name)
+        tensors = _with_names_of(template, tensors)
+        made = _constructor(template, name, tensors, blocks, variants, checkpoint.path)
     said = {b.prefix: dict(b.behaviour(variants[b.prefix])) for b in blocks if not b.refusal}
     whole = replace(checkpoint, tensors=tensors, metadata={"behaviour": json.dumps(said)}, norms={})
-    return {name or "the network": _compare_twins(made, whole, shape)}
+    return {name or "the network": _compare_twins(made, whole)}
+
+
+def _plain_twin(name: str) -> Any:
+    """The torch network of this name without attention, shapes alone."""
+    import torch
+
+    import gam_torch
+
+    if name not in gam_torch.list_models():
+        names = ", ".join(gam_torch.list_models())
+        raise CheckpointError(f"--model {shorten(name)}: must be one of {names}")
+    with torch.device("meta"):
+        return gam_torch.create_model(name)
+
+
+def _with_names_of(template: Any, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The tensors under the network's names, where others circulate for it."""
+    paths, ours = (
+        dict.fromkeys(leaves.split(key)[0] for key in keys)
+        for keys in (tensors, template.state_dict())
+    )
+    known = aliases(paths, ours)
+    return {
+        leaves.join(renamed(path, known), leaf): array
+        for (path, leaf), array in ((leaves.split(key), tensors[key]) for key in tensors)
+    }
 
 
 def _constructor(
-    checkpoint: Checkpoint, name: str, blocks: list[Block], variants: Mapping[str, str]
+    template: Any,
+    name: str,
+    tensors: Mapping[str, np.ndarray],
+    blocks: list[Block],
+    variants: Mapping[str, str],
+    where: str,
 ) -> dict[str, str]:
     """What builds a network of this name around the blocks that the file holds."""
-    from gam_flax.models.registry import list_models
-
-    if name not in list_models():
-        raise CheckpointError(f"--model {shorten(name)}: must be one of {', '.join(list_models())}")
-    tensors = checkpoint.tensors
-    for key in ("fc.weight", "conv1.weight"):
+    kernels = [key for key, tensor in template.state_dict().items() if tensor.ndim >= 2]
+    first, last = kernels[0], kernels[-1]
+    for key in (first, last):
         if key not in tensors:
-            raise CheckpointError(f"{checkpoint.path}: no {key}; it is not a {name} of ours")
+            raise CheckpointError(f"{where}: no {key}; it is not a {name} of ours")
     arguments: dict[str, Any] = {
         "name": name,
-        "num_classes": tensors["fc.weight"].shape[0],
-        "in_channels": tensors["conv1.weight"].shape[1],
+        "num_classes": tensors[last].shape[0],
+        "in_channels": tensors[first].shape[1],
     }
+    if hasattr(template, "stem"):
+        arguments["stem"] = "cifar" if tensors[first].shape[-1] == 3 else "imagenet"
     if blocks:
         options = blocks[0].arguments(variants[blocks[0].prefix])
         options.pop("channels")
@@ -90,9 +122,10 @@ def _constructor(
 
 
 def _compare_twins(
-    made: Mapping[str, str], checkpoint: Checkpoint, shape: tuple[int, ...]
+    made: Mapping[str, str], checkpoint: Checkpoint, shape: tuple[int, ...] | None = None
 ) -> ParityReport:
-    """Both twins, filled from `checkpoint`, on random input of `shape`."""
+    """Both twins, filled from `checkpoint`, on random input of `shape`; None for a picture that
+    leaves the network's last stage two pixels a side."""
     import gam_flax
     import gam_torch
     from gam_flax.convert.files import to_torch_tensor
@@ -106,5 +139,8 @@ def _compare_twins(
     wrong = [*unexpected, *(key for key in missing if not key.endswith("num_batches_tracked"))]
     if wrong:
         raise CheckpointError(f"{where}: {shorten(wrong[0])} has no partner in the torch twin")
+    if shape is None:
+        side = max(32, 2 * torch_model.stages[-1].stride)
+        shape = (2, side, side, torch_model.in_channels)
     inputs = np.random.default_rng(0).standard_normal(shape)
     return compare(torch_model, flax_model, inputs)

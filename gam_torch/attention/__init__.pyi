@@ -3,6 +3,7 @@ from .cbam import CBAM as CBAM
 from .gam import GAM as GAM
 from .gam import ChannelAttention as ChannelAttention
 from .gam import SpatialAttention as SpatialAttention
+from .identity import start_as_identity as start_as_identity
 from .registry import create_attention as create_attention
 from .registry import list_attentions as list_attentions
 from .se import SqueezeExcitation as SqueezeExcitation

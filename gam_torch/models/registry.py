@@ -2,25 +2,44 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
 
 from gam_torch.attention.common import check_choice
 from gam_torch.models.common import Attention
+from gam_torch.models.mobilenet_v2 import MobileNetV2
 from gam_torch.models.resnet import ResNet
 
 _CIFAR = {"widths": (16, 32, 64), "stem": "cifar"}
+_CIFAR_PAD = {"shortcut": "pad", **_CIFAR}
+_GROUPED = {"variant": "paper", "groups": 4, "shuffle": "gate"}
 
-MODELS: dict[str, dict[str, Any]] = {
-    "resnet8": {"layers": (1, 1, 1), **_CIFAR},
-    "resnet14": {"layers": (2, 2, 2), **_CIFAR},
-    "resnet20": {"layers": (3, 3, 3), "shortcut": "pad", **_CIFAR},
-    "resnet18": {"layers": (2, 2, 2, 2)},
-    "resnet34": {"layers": (3, 4, 6, 3)},
-    "resnet50": {"layers": (3, 4, 6, 3), "block": "bottleneck"},
-    "resnet101": {"layers": (3, 4, 23, 3), "block": "bottleneck"},
+MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
+    "mobilenet_v2": (MobileNetV2, {}),
+    "resnet8": (ResNet, {"layers": (1, 1, 1), **_CIFAR}),
+    "resnet14": (ResNet, {"layers": (2, 2, 2), **_CIFAR}),
+    "resnet20": (ResNet, {"layers": (3, 3, 3), **_CIFAR_PAD}),
+    "resnet32": (ResNet, {"layers": (5, 5, 5), **_CIFAR_PAD}),
+    "resnet44": (ResNet, {"layers": (7, 7, 7), **_CIFAR_PAD}),
+    "resnet56": (ResNet, {"layers": (9, 9, 9), **_CIFAR_PAD}),
+    "resnet18": (ResNet, {"layers": (2, 2, 2, 2)}),
+    "resnet34": (ResNet, {"layers": (3, 4, 6, 3)}),
+    "resnet50": (ResNet, {"layers": (3, 4, 6, 3), "block": "bottleneck"}),
+    "resnet101": (ResNet, {"layers": (3, 4, 23, 3), "block": "bottleneck"}),
+    "resnet50_gam_grouped": (
+        ResNet,
+        {
+            "layers": (3, 4, 6, 3),
+            "block": "bottleneck",
+            "attention": "gam",
+            "attention_options": _GROUPED,
+        },
+    ),
 }
+"""Name → class and the arguments that make it. The paper's ImageNet ResNet-50 has grouped
+convolutions and a channel shuffle in its GAM; it does not say how many groups, code has four."""
 
 
 def list_models() -> list[str]:
@@ -35,7 +54,8 @@ def create_model(
 
     Args:
         name: one of `list_models()`.
-        attention: a name of `list_attentions()`, a factory called with the channels, or None.
+        attention: a name of `list_attentions()`, a factory called with the channels, or None for
+            what the name says.
         num_classes: outputs of the last layer.
         **kwargs: the network's own arguments, see its class.
 
@@ -43,5 +63,6 @@ def create_model(
         ValueError: an unknown name, or what the network itself raises.
     """
     check_choice("name", name, list_models())
-    options = {**MODELS[name], **kwargs}
-    return ResNet(attention=attention, num_classes=num_classes, **options)
+    make, preset = MODELS[name]
+    chosen = {} if attention is None else {"attention": attention}
+    return make(num_classes=num_classes, **{**preset, **chosen, **kwargs})

@@ -11,7 +11,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from gam_torch.attention.common import check_choice
-from gam_torch.models.common import Attention, build_attention
+from gam_torch.models.common import (
+    Attend,
+    Attention,
+    AttentionAt,
+    Stage,
+    attends,
+    attends_not,
+    check_classes,
+    stages_with_attention,
+)
 
 
 def _conv(in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> nn.Conv2d:
@@ -56,15 +65,14 @@ class BasicBlock(nn.Module):
         *,
         stride: int = 1,
         shortcut_kind: str = "projection",
-        attention: Attention = None,
-        attention_options: Mapping[str, Any] | None = None,
+        attend: Attend = attends_not,
     ):
         super().__init__()
         self.conv1 = _conv(in_channels, width, 3, stride)
         self.bn1 = nn.BatchNorm2d(width)
         self.conv2 = _conv(width, width, 3)
         self.bn2 = nn.BatchNorm2d(width)
-        self.attention = build_attention(attention, width, attention_options or {})
+        self.attention = attend(width)
         self.downsample = _shortcut(shortcut_kind, in_channels, width, stride)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -87,8 +95,7 @@ class Bottleneck(nn.Module):
         *,
         stride: int = 1,
         shortcut_kind: str = "projection",
-        attention: Attention = None,
-        attention_options: Mapping[str, Any] | None = None,
+        attend: Attend = attends_not,
     ):
         super().__init__()
         out_channels = width * self.expansion
@@ -98,7 +105,7 @@ class Bottleneck(nn.Module):
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = _conv(width, out_channels, 1)
         self.bn3 = nn.BatchNorm2d(out_channels)
-        self.attention = build_attention(attention, out_channels, attention_options or {})
+        self.attention = attend(out_channels)
         self.downsample = _shortcut(shortcut_kind, in_channels, out_channels, stride)
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B D h w"]:
@@ -129,12 +136,13 @@ class ResNet(nn.Module):
         shortcut: where the shape changes, "projection" (1×1 convolution and norm) or "pad"
             (no weights, as the CIFAR networks of the paper).
         in_channels: channels of the picture.
-        num_classes: outputs of `fc`.
+        num_classes: outputs of `fc`; 0 for none, the network then returns what `fc` would see.
         attention: a name of `list_attentions()`, a factory called with the channels, or None.
-        attention_options: arguments of each block; GAM without any is the paper's
-            (sigmoid on both gates, ratio 16).
+        attention_options: arguments of each block; GAM is the paper's (sigmoid on both gates,
+            ratio 16) but for these.
         attention_at: "blocks" (before the residual addition of every block, as the papers of
             GAM, CBAM and SE do) or the stages, counted from 1, that a block follows.
+        identity_start: the blocks begin as nearly the identity, see `start_as_identity`.
 
     Shapes: (B, in_channels, H, W) → (B, num_classes).
 
@@ -154,7 +162,8 @@ class ResNet(nn.Module):
         num_classes: int = 1000,
         attention: Attention = None,
         attention_options: Mapping[str, Any] | None = None,
-        attention_at: Literal["blocks"] | Sequence[int] = "blocks",
+        attention_at: AttentionAt = "blocks",
+        identity_start: bool = False,
     ):
         super().__init__()
         check_choice("block", block, BLOCKS)
@@ -162,10 +171,8 @@ class ResNet(nn.Module):
         check_choice("shortcut", shortcut, ("projection", "pad"))
         if len(layers) != len(widths):
             raise ValueError(f"{len(layers)} stages in layers, {len(widths)} in widths")
-        stages = range(1, len(layers) + 1)
-        after = () if attention_at == "blocks" else tuple(attention_at)
-        for stage in after:
-            check_choice("attention_at", stage, stages)
+        check_classes(num_classes)
+        after = stages_with_attention(attention_at, len(layers))
         self.layers = tuple(layers)
         self.block = block
         self.widths = tuple(widths)
@@ -176,12 +183,13 @@ class ResNet(nn.Module):
         self.attention = attention
         self.attention_options = dict(attention_options or {})
         self.attention_at = attention_at if attention_at == "blocks" else after
+        self.identity_start = identity_start
 
         kernel_size, stride = (7, 2) if stem == "imagenet" else (3, 1)
         self.conv1 = _conv(in_channels, widths[0], kernel_size, stride)
         self.bn1 = nn.BatchNorm2d(widths[0])
         channels = widths[0]
-        inside = attention if attention_at == "blocks" else None
+        attend = attends(attention, attention_options, identity_start=identity_start)
         for stage, (count, width) in enumerate(zip(layers, widths, strict=True), 1):
             blocks = []
             for i in range(count):
@@ -190,19 +198,29 @@ class ResNet(nn.Module):
                     width,
                     stride=2 if stage > 1 and i == 0 else 1,
                     shortcut_kind=shortcut,
-                    attention=inside,
-                    attention_options=attention_options,
+                    attend=attend if attention_at == "blocks" else attends_not,
                 )
                 blocks.append(made)
                 channels = width * made.expansion
             self.add_module(f"layer{stage}", nn.Sequential(*blocks))
             if stage in after:
-                made = build_attention(attention, channels, attention_options or {})
-                self.add_module(f"attention{stage}", made)
-        self.fc = nn.Linear(channels, num_classes)
+                self.add_module(f"attention{stage}", attend(channels))
+        self.reset_classifier(num_classes)
 
-    def features(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
-        """The output of each stage, its attention block included."""
+    @property
+    def stages(self) -> list[Stage]:
+        """What `stage_outputs` returns, for those who build on it."""
+        stem, expansion = 4 if self.stem == "imagenet" else 1, BLOCKS[self.block].expansion
+        return [Stage(width * expansion, stem * 2**i) for i, width in enumerate(self.widths)]
+
+    def reset_classifier(self, num_classes: int) -> None:
+        """A new `fc` of so many classes; none for 0. Any module of (B, C) may stand there."""
+        check_classes(num_classes)
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.stages[-1].channels, num_classes) if num_classes else None
+
+    def stage_outputs(self, x: Float[Tensor, "B C H W"]) -> list[Tensor]:
+        """The output of each stage, its attention block included; sizes as `stages` has them."""
         x = F.relu(self.bn1(self.conv1(x)))
         if self.stem == "imagenet":
             x = F.max_pool2d(x, 3, stride=2, padding=1)
@@ -216,4 +234,5 @@ class ResNet(nn.Module):
         return outputs
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B K"]:
-        return self.fc(torch.mean(self.features(x)[-1], (2, 3)))
+        x = torch.mean(self.stage_outputs(x)[-1], (2, 3))
+        return x if self.fc is None else self.fc(x)

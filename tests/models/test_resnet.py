@@ -17,7 +17,7 @@ import gam_flax
 import gam_torch
 from gam_flax.convert.leaves import to_torch_layout, torch_name
 from gam_flax.models.registry import MODELS
-from gam_torch.models.registry import MODELS as TORCH_MODELS
+from gam_torch.models.registry import MODELS as TORCH
 
 TINY = {"layers": (1, 2), "widths": (4, 8), "num_classes": 5}
 
@@ -140,24 +140,24 @@ def test_odd_and_even_sides_give_the_same_shapes(stem, shortcut, size):
     def both(state, x):
         model = nnx.merge(graph, state)
         model.eval()
-        return model.features(x), model(x)
+        return model.stage_outputs(x), model(x)
 
     features, y = jax.eval_shape(both, state, x)
-    expected = twin.features(torch.empty(size[0], 3, *size[1:], device="meta"))
+    expected = twin.stage_outputs(torch.empty(size[0], 3, *size[1:], device="meta"))
     moved = [(b, h, w, c) for b, c, h, w in (stage.shape for stage in expected)]
     assert [stage.shape for stage in features] == moved
     assert y.shape == (size[0], 5)
 
 
-def test_gam_without_options_is_the_papers():
+def test_gam_is_the_papers_but_for_its_options():
     def gates(**options):
         model = flax_model("resnet18", **TINY | {"widths": (16, 32)}, attention="gam", **options)
         gam = model.layer1[0].attention
-        return gam.channel_gate, gam.ratio
+        return gam.channel_gate, gam.ratio, gam.kernel_size
 
-    assert gates() == ("sigmoid", 16)
-    assert gates(attention_options={"ratio": 4}) == ("identity", 4)
-    assert gates(attention_options={"variant": "gated"}) == ("sigmoid", 4)
+    assert gates() == ("sigmoid", 16, 7)
+    assert gates(attention_options={"ratio": 4, "kernel_size": 3}) == ("sigmoid", 4, 3)
+    assert gates(attention_options={"variant": "reference"}) == ("identity", 4, 7)
 
 
 @pytest.mark.parametrize("package", [gam_torch, gam_flax])
@@ -240,8 +240,10 @@ def test_wrong_arguments(create, options, message):
 @pytest.mark.parametrize("create", [torch_model, flax_model])
 def test_registry(create):
     listed = gam_flax.list_models()
-    assert listed == gam_torch.list_models() == sorted(MODELS) and MODELS == TORCH_MODELS
+    assert listed == gam_torch.list_models() == sorted(MODELS)
+    presets = [{name: (m[0].__name__, m[1]) for name, m in t.items()} for t in (MODELS, TORCH)]
+    assert presets[0] == presets[1]
     for name in listed:
-        assert create(name, num_classes=7).fc is not None
+        assert create(name, num_classes=7).num_classes == 7
     with pytest.raises(ValueError, match="'resnet18'.* got 'resnet19'"):
         create("resnet19")
