@@ -5,6 +5,8 @@ from .blocks import Block as Block
 from .blocks import identify as identify
 from .into_flax import load_torch as load_torch
 from .into_flax import load_torch_linen as load_torch_linen
+from .optimizer import load_torch_optimizer as load_torch_optimizer
+from .optimizer import to_torch_optimizer as to_torch_optimizer
 from .port import convert_file as convert_file
 from .report import ConversionReport as ConversionReport
 from .saved import load as load

@@ -15,14 +15,14 @@ def nnx_variables(model: Any) -> dict[str, Any]:
 
     kept = nnx.Not(nnx.Any(nnx.RngState, nnx.Intermediate))
     flat = nnx.to_flat_state(nnx.state(model, kept))
-    return {_dotted(model, path): variable for path, variable in flat}
+    return {dotted(model, path): variable for path, variable in flat}
 
 
 def nnx_modules(model: Any) -> dict[str, Any]:
     """Dotted path → module, the model itself under ""."""
     from flax import nnx
 
-    return {_dotted(model, path): module for path, module in nnx.iter_modules(model)}
+    return {dotted(model, path): module for path, module in nnx.iter_modules(model)}
 
 
 def linen_leaves(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
@@ -42,7 +42,7 @@ def arrays(model_or_variables: Any) -> dict[str, np.ndarray]:
     return {path: np.asarray(variable[...]) for path, variable in variables}
 
 
-def _dotted(model: Any, path: Iterable[Any]) -> str:
+def dotted(model: Any, path: Iterable[Any]) -> str:
     """A path with torch's names: what `nnx.Sequential` holds in `layers` torch holds directly."""
     from flax import nnx
 

@@ -76,6 +76,7 @@ def load_torch(
     for path, variable in variables.items():
         if path.endswith(COUNTER) and _has_no_values(variable):
             _assign(variable, np.zeros(variable.shape, variable.dtype))
+    _begin_random_state(model)
     for path, settings in norms.items():
         changes = _adopt(modules.get(path), settings)
         if changes:
@@ -133,6 +134,23 @@ def _assign(variable: Any, value: np.ndarray) -> None:
     old = variable.get_value()  # shapes alone, where the model comes from nnx.eval_shape
     new = jnp.array(value)  # a copy: the source may be a mapped file or a torch module in use
     variable.set_value(jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new)
+
+
+def _begin_random_state(model: nnx.Module) -> None:
+    """Gives dropout its keys, from seed 0, where the model comes from `nnx.eval_shape`."""
+    import jax
+    import jax.numpy as jnp
+    from flax import nnx
+
+    streams = nnx.to_flat_state(nnx.state(model, nnx.RngState))
+    for i, (_, variable) in enumerate(streams):
+        if not _has_no_values(variable):
+            continue
+        if isinstance(variable, nnx.RngKey):
+            key = jax.random.fold_in(jax.random.key(0), i)
+            variable.set_value(jax.random.split(key, variable.shape) if variable.shape else key)
+        else:
+            variable.set_value(jnp.zeros(variable.shape, variable.dtype))
 
 
 def _has_no_values(variable: Any) -> bool:

@@ -15,7 +15,11 @@ FIRST, SECOND = range(4), range(4, 9)
 
 
 class Recipe(NamedTuple):
-    """One optimizer twice. before: what torch's users write between backward() and step()."""
+    """One optimizer twice.
+
+    before: what users of torch write between backward() and step().
+    step: the steps of FIRST, where one side counts them and the other does not.
+    """
 
     torch: Callable[[torch.nn.Module], torch.optim.Optimizer]
     optax: Callable[[], optax.GradientTransformation]
