@@ -1,11 +1,12 @@
 # make demo   install what the demo needs, port the shipped checkpoint, compare, draw
 # make test   install what the tests need and run all but the slow ones
+# make bench  the same, and measure what benchmarks/ measures: half an hour of a quiet machine
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench clean
 
 demo: $(VENV)/.demo
 	$(BIN)/gam-flax demo --force
@@ -20,6 +21,9 @@ lint: $(VENV)/.test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+
+bench: $(VENV)/.test
+	$(BIN)/python -m benchmarks.load_resnet50
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)

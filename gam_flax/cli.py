@@ -15,6 +15,7 @@ from rich.text import Text
 from gam_flax.convert.blocks import Block, identify
 from gam_flax.convert.checkpoint import Checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
+from gam_flax.convert.files import check_free, whole_file
 from gam_flax.convert.layouts import VARIANTS
 from gam_flax.convert.source import open_source
 
@@ -148,6 +149,60 @@ def verify(
             console.print(Text(name, style="bold"))
             console.print(report)
     if not all(report.ok for report in reports.values()):
+        raise typer.Exit(1)
+
+
+@app.command()
+def parity(
+    torch_factory: Annotated[str, typer.Argument(help="MODULE:FUNCTION that builds torch's.")],
+    flax_factory: Annotated[
+        str, typer.Argument(help="MODULE:FUNCTION that builds Flax's; it may take rngs.")
+    ],
+    input_shape: Annotated[str, typer.Option(help="As torch has it, such as 2,3,64,64.")],
+    train: Annotated[bool, typer.Option("--train", help="Compare in training mode.")] = False,
+    dtype: Annotated[str, typer.Option(help="float64, float32 or bfloat16.")] = "float64",
+    steps: Annotated[int | None, typer.Option(min=1, help="Also train this many steps.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="For --steps, such as adamw.")] = None,
+    rename: Annotated[Path | None, typer.Option(help=".json: torch's path → Flax's.")] = None,
+    variant: Variant = None,
+    load: Annotated[
+        bool, typer.Option(help="First load torch's weights into Flax's model.")
+    ] = True,
+    plot: Annotated[Path | None, typer.Option(help="Picture to write, .png or .svg.")] = None,
+    markdown: Annotated[Path | None, typer.Option(help="Report to write, .md.")] = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Compare any two models layer by layer: a PyTorch one and its port to Flax."""
+    from gam_flax.parity import factories
+    from gam_flax.parity.picture import check_picture
+
+    _check_choice("--dtype", dtype, ("float64", "float32", "bfloat16"))
+    if optimizer is not None and steps is None:
+        raise CheckpointError("--optimizer goes with --steps")
+    inputs, names = factories.random_input(input_shape), factories.read_rename(rename)
+    if plot is not None:
+        check_picture(plot, force=force)
+    if markdown is not None:
+        check_free(markdown, force=force)
+    options: dict[str, Any] = {"train": train, "dtype": dtype, "rename": names}
+    options |= {"steps": steps} if steps else {}
+    options |= {"optimizer": optimizer} if optimizer else {}
+    torch_model, flax_model = factories.build_pair(torch_factory, flax_factory)
+    if load:
+        flax_model, loaded = factories.load_weights(
+            torch_model, flax_model, rename=names, variant=_variants(variant)
+        )
+        if not as_json:
+            console.print(f"{len(loaded.mapped)} tensors of torch's loaded into Flax's model")
+    report = factories.run(torch_model, flax_model, inputs, **options)
+    print(report.to_json()) if as_json else console.print(report)
+    if plot is not None:
+        report.plot(plot, force=force)
+    if markdown is not None:
+        with whole_file(markdown, force=force) as part:
+            part.write_text(report.to_markdown(), encoding="utf-8")
+    if not report.ok:
         raise typer.Exit(1)
 
 

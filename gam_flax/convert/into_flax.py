@@ -17,6 +17,8 @@ from gam_flax.convert.source import told_by_attributes
 if TYPE_CHECKING:
     from flax import nnx
 
+_NOTHING_TO_KEEP = "keep: the model holds shapes alone, it has no initialisation"
+
 
 def load_torch(
     model: nnx.Module,
@@ -68,7 +70,7 @@ def load_torch(
         path: told for path, module in modules.items() if (told := told_by_attributes(module))
     }
     if keep and any(map(_has_no_values, variables.values())):
-        raise CheckpointError("keep: the model holds shapes alone, it has no initialisation")
+        raise CheckpointError(_NOTHING_TO_KEEP)
     wanted = Wanted(variant, strict, prefix, keep, rename)
     values, report, norms = match(places, source, wanted, attributes)
     for path, value in values.items():
@@ -104,9 +106,12 @@ def load_torch_linen(
         variables: {"params": …, "batch_stats": …} as `module.init` gives them, or shapes alone
             from `jax.eval_shape`.
     """
+    import jax
     import jax.numpy as jnp
 
     flat = linen_leaves(variables)
+    if keep and any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in flat.values()):
+        raise CheckpointError(_NOTHING_TO_KEEP)
     names = {path: ".".join(path[1:]) for path in flat}
     places = [Leaf(names[path], v.shape, np.dtype(v.dtype)) for path, v in flat.items()]
     wanted = Wanted(variant, strict, prefix, keep, rename)
@@ -123,17 +128,18 @@ def load_torch_linen(
         for part in path[:-1]:
             node = node.setdefault(part, {})
         value = values.get(names[path])
+        if value is None and path[-1] == COUNTER and isinstance(leaf, jax.ShapeDtypeStruct):
+            value = np.zeros(leaf.shape, leaf.dtype)
         node[path[-1]] = leaf if value is None else jnp.array(value)
     return filled, report
 
 
 def _assign(variable: Any, value: np.ndarray) -> None:
     import jax
-    import jax.numpy as jnp
 
     old = variable.get_value()  # shapes alone, where the model comes from nnx.eval_shape
-    new = jnp.array(value)  # a copy: the source may be a mapped file or a torch module in use
-    variable.set_value(jax.device_put(new, old.sharding) if isinstance(old, jax.Array) else new)
+    new = np.array(value, order="C")  # a copy: the source may be a mapped file or a model in use
+    variable.set_value(jax.device_put(new, old.sharding if isinstance(old, jax.Array) else None))
 
 
 def _begin_random_state(model: nnx.Module) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping
+import math
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -42,32 +44,93 @@ class Names:
         return next((name for name in names if name in known), None)
 
 
-def lay_parameter(name: str, array: np.ndarray, shape: tuple[int, ...]) -> np.ndarray | None:
-    """A torch parameter as the Flax leaf `name` has it, None where it has not that shape.
+Layout = Callable[[np.ndarray], np.ndarray]
+"""A tensor as torch has it → the same as Flax has it."""
 
-    Axes of length one do not count: a 1×1 convolution is a linear layer.
+
+class Layouts:
+    """How torch's tensors become Flax's.
+
+    Weights by the leaf table, pictures by moving the channels last. Where a picture is flattened
+    for a linear layer, torch's features stand in the order (C, H, W) and Flax's usually in
+    (H, W, C): a kernel that is torch's in that order tells so, and then features of that length
+    may stand either way.
+
+    Args:
+        own: the user's word: key of a parameter, path of a layer for its output, or path with
+            " (input)" → layout.
     """
-    array = leaves.to_flax_layout(name, array)
-    return array.reshape(shape) if _long(array.shape) == _long(shape) else None
+
+    def __init__(self, own: Mapping[str, Layout]):
+        self._own = own
+        self._flattened: dict[str, np.ndarray] = {}
+
+    def parameter(
+        self, key: str, name: str, array: np.ndarray, shape: tuple[int, ...]
+    ) -> np.ndarray | None:
+        """A torch parameter as the Flax leaf `name` has it, None where it has not that shape.
+
+        Axes of length one do not count: a 1×1 convolution is a linear layer.
+        """
+        if key in self._own:
+            laid = self._own[key](array)
+            return laid if laid.shape == shape else None
+        array = leaves.to_flax_layout(name, array)
+        if _long(array.shape) != _long(shape):
+            return None
+        array = array.reshape(shape)
+        return array[self._flattened[name]] if name in self._flattened else array
+
+    def learn_flattening(
+        self,
+        name: str,
+        torch: np.ndarray,
+        flax: np.ndarray,
+        pictures: Iterable[tuple[int, ...]],
+    ) -> None:
+        """Notes that Flax has the parameter in the order of a flattened picture, if it has."""
+        for order in flattenings(pictures, len(flax) if flax.ndim else 0):
+            if np.array_equal(torch[order], flax):
+                self._flattened[name] = order
+
+    def activation(self, path: str, torch: np.ndarray, flax: np.ndarray | None) -> Layout | None:
+        """How a torch activation becomes Flax's: channels moved last, or as it is.
+
+        torch itself holds pictures channels last around a Linear or a LayerNorm. The shape tells,
+        and where it leaves several, the smallest difference. Axes of length one do not count.
+        None: no way.
+        """
+        if path in self._own:
+            return self._own[path]
+        if flax is None:
+            return channels_last
+        shape = flax.shape
+
+        def reshaped(move: Layout) -> Layout:
+            return lambda array: move(array).reshape(shape)
+
+        moves = [channels_last, np.asarray]
+        fitting = [m for m in moves if m(torch).shape == shape]
+        fitting = fitting or [m for m in moves if _long(m(torch).shape) == _long(shape)]
+        layouts = [reshaped(move) for move in (fitting if torch.ndim >= 4 else fitting[:1])]
+        if fitting and torch.ndim == 2:
+            orders = [o for o in self._flattened.values() if len(o) == torch.shape[1]]
+            layouts += [partial(_reordered, order) for order in orders[:1]]
+        if len(layouts) < 2:
+            return next(iter(layouts), None)
+        return min(layouts, key=lambda layout: float(np.nansum(gap(layout(torch), flax))))
 
 
-def layer_layout(torch: np.ndarray, flax: np.ndarray) -> Callable[[np.ndarray], np.ndarray] | None:
-    """How a torch layer's output becomes Flax's: channels moved last, or as it is.
+def flattenings(pictures: Iterable[tuple[int, ...]], length: int) -> Iterator[np.ndarray]:
+    """The orders in which Flax may have `length` features that torch flattened from one of
+    `pictures`, (C, H, W)."""
+    for shape in dict.fromkeys(pictures):
+        if len(shape) >= 2 and math.prod(shape) == length and 1 < shape[0] < length:
+            yield np.moveaxis(np.arange(length).reshape(shape), 0, -1).ravel()
 
-    torch itself holds pictures channels last around a Linear or a LayerNorm. The shape tells, and
-    where it leaves both, the smaller difference. Axes of length one do not count. None: neither.
-    """
 
-    def reshaped(move: Callable[[np.ndarray], np.ndarray]) -> Callable[[np.ndarray], np.ndarray]:
-        return lambda array: move(array).reshape(flax.shape)
-
-    moves = [channels_last, np.asarray]
-    fitting = [m for m in moves if m(torch).shape == flax.shape]
-    fitting = fitting or [m for m in moves if _long(m(torch).shape) == _long(flax.shape)]
-    layouts = [reshaped(move) for move in fitting]
-    if len(layouts) < 2 or torch.ndim < 4:
-        return next(iter(layouts), None)
-    return min(layouts, key=lambda layout: float(np.nansum(gap(layout(torch), flax))))
+def _reordered(order: np.ndarray, array: np.ndarray) -> np.ndarray:
+    return array[:, order]
 
 
 def _long(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from jaxtyping import Shaped
 
 from gam_flax.convert.rename import Rename
-from gam_flax.parity import judge
-from gam_flax.parity.align import Names, lay_parameter, layer_layout
-from gam_flax.parity.report import ParityReport, Row, Unmatched
-from gam_flax.parity.trace import Trace, wide
+from gam_flax.parity.align import Layout
+from gam_flax.parity.judge import DTYPES
+from gam_flax.parity.optimizers import Optimizer, recipe
+from gam_flax.parity.progress import progress_bar
+from gam_flax.parity.report import ParityReport
 
-_NEIGHBOURS = 7  # runs beside the given one, over which a narrow dtype's errors are collected
-
-# Stages whose tensors are of one kind: one of them is noise beside the largest of its group.
-_GROUPS = {
-    "forward": "values",
-    "output": "values",
-    "input gradient": "gradients",
-    "gradients": "gradients",
-    "running statistics": "statistics",
-}
+Loss = tuple[Callable[[Any], Any], Callable[[Any], Any]]
+"""Of torch's output and of Flax's, one number each."""
 
 
 def compare(
@@ -35,8 +27,13 @@ def compare(
     train: bool = False,
     gradients: bool = True,
     dtype: str = "float64",
+    steps: int = 0,
+    optimizer: Optimizer = "sgd",
+    loss: Loss | None = None,
     rename: Rename = None,
+    layout: Mapping[str, Layout] | None = None,
     multiple: float = 4.0,
+    progress: bool = True,
 ) -> ParityReport:
     """Runs a torch model and a Flax model on the same input and compares all that they compute.
 
@@ -90,32 +87,31 @@ def compare(
     """
     import torch
 
-    from gam_flax.parity import flax_side, torch_side
-
-    if dtype not in judge.DTYPES:
-        raise ValueError(f"dtype must be one of {list(judge.DTYPES)}, got {dtype!r}")
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if not isinstance(torch_model, torch.nn.Module):
         raise TypeError(f"torch_model must be a torch.nn.Module, got {type(torch_model).__name__}")
-    pure = flax_side.pure(flax_model, dtype=dtype, train=train)
-    program = flax_side.Program(pure, dtype=dtype, gradients=gradients)
-    found = _Comparison(Names(rename), judge.Judge(dtype, multiple))
-    found.weights(torch_side.weights(torch_model), (pure.parameters, pure.statistics))
-    options = {"rounded_to": dtype, "train": train, "gradients": gradients}
-    for x, factors in _samples(np.asarray(inputs), found.partners, dtype):
-        oracle = torch_side.run(torch_model, x, factors, dtype="float64", **options)
-        own = oracle
-        if dtype != "float64":
-            own = torch_side.run(torch_model, x, factors, dtype=dtype, **options)
-        flax = program(x, {found.partners[key]: factor for key, factor in factors.items()})
-        found.forward(own, flax, oracle)
-        if flax.error is not None:
-            found.raised(flax.error)
-            break
-        if gradients and _same_outputs(flax, oracle):
-            found.gradients(own, flax, oracle)
-        if train:
-            found.statistics(own, flax, oracle)
-    return ParityReport(found.rows(), tuple(found.unmatched), dtype, train, multiple)
+    if steps < 0:
+        raise ValueError(f"steps must be 0 (no training) or more, got {steps}")
+    recipe(optimizer)
+    from gam_flax.parity.runs import Question, answer
+
+    question = Question(
+        torch_model=torch_model,
+        flax_model=flax_model,
+        inputs=np.asarray(inputs),
+        train=train,
+        gradients=gradients or steps > 0,
+        dtype=dtype,
+        steps=steps,
+        optimizer=optimizer,
+        loss=loss or (None, None),
+        rename=rename,
+        layout=layout or {},
+        multiple=multiple,
+    )
+    with progress_bar(progress) as tell:
+        return answer(question, tell)
 
 
 def assert_parity(
@@ -133,173 +129,3 @@ def assert_parity(
     if not report.ok:
         raise AssertionError(str(report))
     return report
-
-
-def _samples(
-    x: np.ndarray, keys: Iterable[str], dtype: str
-) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
-    """The input and no factors; in a narrow dtype also neighbours, with factors for the tensors.
-
-    A tensor of few numbers may be right by luck, and its error then is no measure of what the
-    dtype can do. A neighbour has input and weights a few units off, which deals all roundings
-    anew and changes nothing else.
-    """
-    floating = x.dtype.kind in "fV"  # numpy files bfloat16 under V
-    kept = np.dtype(np.float64) if dtype == "float64" else ml_dtypes.finfo(dtype).dtype
-    step = 8 * float(ml_dtypes.finfo(kept).eps)
-    rng = np.random.default_rng(0)
-    yield x.astype(kept).astype(np.float64) if floating else x, {}
-    for _ in range(0 if dtype == "float64" else _NEIGHBOURS):
-        factors = {key: float(1 + step * rng.uniform(-1, 1)) for key in keys}
-        near = x.astype(np.float64) * (1 + step * rng.uniform(-1, 1, x.shape)) if floating else x
-        yield near.astype(kept).astype(np.float64) if floating else x, factors
-
-
-def _same_outputs(flax: Trace, oracle: Trace) -> bool:
-    """Whether the losses are the same function of the outputs."""
-    shapes = {part: y.shape for part, y in oracle.outputs.items()}
-    return shapes == {part: y.shape for part, y in flax.outputs.items()}
-
-
-class _Comparison:
-    """Gathers what is found, stage by stage; the runs on several inputs count as one."""
-
-    def __init__(self, names: Names, ruler: judge.Judge):
-        self.unmatched: list[Unmatched] = []
-        self.partners: dict[str, str] = {}  # torch key → Flax path of a parameter or buffer
-        self._names = names
-        self._judge = ruler
-        self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
-
-    def rows(self) -> tuple[Row, ...]:
-        """What was found, judged."""
-        largest: dict[str, float] = {}
-        for (stage, _), found in self._found.items():
-            if not isinstance(found, Row):
-                group = _GROUPS[stage]
-                largest[group] = max(largest.get(group, 0.0), found[1].oracle)
-        return tuple(
-            found
-            if isinstance(found, Row)
-            else self._judge.row(stage, path, *found, largest[_GROUPS[stage]])
-            for (stage, path), found in self._found.items()
-        )
-
-    def weights(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
-        """Parameters, which must have a partner, then buffers."""
-        for kind, tensors, partners in zip(("parameter", "buffer"), torch, flax, strict=True):
-            for key, tensor in tensors.items():
-                name = self._names.leaf(key, partners)
-                if name is None:
-                    self._lonely("torch", kind, key, tensor.shape)
-                else:
-                    self.partners[key] = name
-                    self._weight(key, name, tensor, np.asarray(partners[name]))
-            taken = set(self.partners.values())
-            for name, partner in partners.items():
-                if name not in taken:
-                    self._lonely("flax", kind, name, tuple(partner.shape))
-
-    def forward(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        """Layers in torch's order, then the outputs."""
-        partners = dict(flax.layers)
-        for place, truth in oracle.layers.items():
-            path, partner = "".join(place), partners.pop(self._names.place(place), None)
-            if partner is None:
-                self._unmatched("torch", "layer", path, unless=flax.error)
-                continue
-            layout = layer_layout(truth, partner)
-            if layout is None:
-                self._misshapen("forward", path, truth.shape, partner.shape)
-            else:
-                self._measure("forward", path, layout(own.layers[place]), partner, layout(truth))
-        for place in partners:
-            self._unmatched("flax", "layer", "".join(place))
-        if flax.error is None:
-            self._outputs(own, flax, oracle)
-
-    def raised(self, error: Exception) -> None:
-        """Flax's forward broke off: a finding only where the rows already tell why."""
-        if all(row.ok for row in self.rows()):
-            raise error
-        note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
-        self._nothing("raised", note, "output", "", ())
-
-    def gradients(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        """Of the input, where it can be differentiated, and of the parameters."""
-        torch, partner, truth = own.input_gradient, flax.input_gradient, oracle.input_gradient
-        if torch is not None and partner is not None and truth is not None:
-            self._measure("input gradient", "", torch, partner, truth)
-        self._tensors("gradients", own.gradients, flax.gradients, oracle.gradients)
-
-    def statistics(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        """The buffers after the pass."""
-        three = own.statistics, flax.statistics, oracle.statistics
-        self._tensors("running statistics", *three)
-
-    def _tensors(self, stage: str, own: Mapping, flax: Mapping, oracle: Mapping) -> None:
-        """Those that both have, in the same shape; `weights` has told of the others."""
-        for key, truth in oracle.items():
-            name = self.partners.get(key)
-            if name is None:
-                continue
-            partner = flax[name]
-            laid = lay_parameter(name, truth, partner.shape)
-            torch = lay_parameter(name, own[key], partner.shape)
-            if laid is not None and torch is not None:
-                self._measure(stage, key, torch, partner, laid)
-
-    def _outputs(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        for part, truth in oracle.outputs.items():
-            partner = flax.outputs.get(part)
-            if partner is None:
-                self._nothing("missing", "not in Flax", "output", part, truth.shape)
-            elif partner.shape != truth.shape:
-                self._misshapen("output", part, truth.shape, partner.shape)
-            else:
-                self._measure("output", part, own.outputs[part], partner, truth)
-        for part, partner in flax.outputs.items():
-            if part not in oracle.outputs:
-                self._nothing("missing", "not in torch", "output", part, partner.shape)
-
-    def _weight(self, key: str, name: str, tensor: np.ndarray, partner: np.ndarray) -> None:
-        dtype = tensor.dtype.name
-        laid = lay_parameter(name, tensor, partner.shape)
-        if laid is None:
-            self._misshapen("parameters", key, tensor.shape, partner.shape, dtype)
-        else:
-            row = judge.equal("parameters", key, wide(laid), wide(partner), dtype)
-            self._found["parameters", key] = row
-
-    def _measure(
-        self, stage: str, path: str, torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray
-    ) -> None:
-        found = judge.gauge(torch, flax, oracle)
-        before = self._found.get((stage, path))
-        if isinstance(before, tuple):
-            found |= before[1]
-        self._found[stage, path] = flax.shape, found
-
-    def _lonely(self, side: str, kind: str, path: str, shape: tuple[int, ...]) -> None:
-        self._unmatched(side, kind, path)
-        if kind == "parameter":
-            other = "Flax" if side == "torch" else "torch"
-            self._nothing("missing", f"not in {other}", "parameters", path, shape)
-
-    def _unmatched(self, side: str, kind: str, path: str, unless: Exception | None = None) -> None:
-        """Once a name; a forward that broke off says nothing about the layers behind."""
-        item = Unmatched(side, kind, path)
-        if unless is None and item not in self.unmatched:
-            self.unmatched.append(item)
-
-    def _misshapen(
-        self, stage: str, path: str, torch: tuple, flax: tuple, dtype: str | None = None
-    ) -> None:
-        self._nothing("shape", f"torch {torch}, Flax {flax}", stage, path, flax, dtype)
-
-    def _nothing(
-        self, verdict: str, note: str, stage: str, path: str, shape: tuple, dtype: str | None = None
-    ) -> None:
-        dtype = dtype or self._judge.dtype
-        row = judge.without_numbers(verdict, note, stage, path, shape, dtype)
-        self._found[stage, path] = row

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -14,7 +15,7 @@ from flax import linen, nnx
 from gam_flax.parity.linen_side import pure_linen
 from gam_flax.parity.nnx_side import pure_nnx
 from gam_flax.parity.pure import Pure, is_float
-from gam_flax.parity.trace import Calls, Trace, cotangent, tensors, wide
+from gam_flax.parity.trace import Calls, Fed, Trace, cotangent, tensors, wide
 
 # Compiling is most of what a comparison costs, and LLVM's expensive passes are most of that.
 _QUICK_COMPILE = {
@@ -35,11 +36,17 @@ def pure(model: Any, *, dtype: str, train: bool) -> Pure:
     Raises:
         TypeError: it is neither.
     """
+    check_kind(model)
     if isinstance(model, nnx.Module):
         return pure_nnx(model, dtype=jnp.dtype(dtype), train=train)
+    return pure_linen(*model, dtype=jnp.dtype(dtype), train=train)
+
+
+def check_kind(model: Any) -> None:
+    """Raises TypeError unless `model` is an `nnx.Module` or a pair (linen module, variables)."""
     match model:
-        case (linen.Module() as module, Mapping() as variables):
-            return pure_linen(module, variables, dtype=jnp.dtype(dtype), train=train)
+        case nnx.Module() | (linen.Module(), Mapping()):
+            return
     raise TypeError(
         "flax_model must be an nnx.Module or a pair (linen module, variables), "
         f"got {type(model).__name__}"
@@ -53,35 +60,82 @@ class Program:
     or wider, as a Flax BatchNorm keeps them. What the forward raises becomes the trace's `error`.
     jax's switches are put back.
 
-    x: (B, *space, C).
-    factors: what parameters and statistics are multiplied with before they are rounded.
+    Args:
+        loss: of the output; None for Σ output · cotangent.
     """
 
-    def __init__(self, model: Pure, *, dtype: str, gradients: bool):
+    def __init__(
+        self,
+        model: Pure,
+        *,
+        dtype: str,
+        gradients: bool,
+        loss: Callable[[Any], Any] | None = None,
+    ):
         self._dtype = dtype
         self._model = model
-        quick = _QUICK_COMPILE if jax.default_backend() == "cpu" else None
-        run = partial(_forward_and_back, model.apply, gradients)
-        self._compiled = jax.jit(run, compiler_options=quick)
+        self._run = compiled(partial(_forward_and_back, model.apply, gradients, loss))
+        self._run_fed = compiled(partial(_forward_fed, model.apply))
 
     def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Trace:
-        wider = jnp.promote_types(self._dtype, jnp.float32)
-        parameters, statistics = (
-            {key: _cast(array, self._dtype, factors.get(key, 1.0)) for key, array in kind.items()}
-            for kind in (self._model.parameters, self._model.statistics)
-        )
-        statistics = {key: _cast(array, wider) for key, array in statistics.items()}
-        arguments = (parameters, statistics, _cast(x, self._dtype))
-        with jax.enable_x64(self._dtype == "float64"), jax.default_matmul_precision("highest"):
+        """One run.
+
+        Args:
+            x: (B, *space, C).
+            factors: what parameters and statistics are multiplied with before they are rounded.
+        """
+        arguments = self._arguments(x, factors)
+        with switches(self._dtype):
             try:
-                found = self._compiled(*arguments)
+                found = self._run(*arguments)
             except Exception as error:
                 return _until(error, self._model, arguments)
             return Trace(**jax.tree.map(wide, found))
 
+    def fed(self, x: np.ndarray, factors: Mapping[str, float], source: Trace) -> Trace:
+        """One forward, every layer of which is given the activations of `source`, which are laid
+        out for this model, instead of its own."""
+        given = [
+            {place: cast(array, self._dtype) for place, array in kind.items()}
+            for kind in (source.inputs, source.layers)
+        ]
+        with switches(self._dtype):
+            try:
+                found = self._run_fed(*self._arguments(x, factors), *given)
+            except Exception as error:
+                return Trace(error=error)
+            return Trace(**jax.tree.map(wide, found))
+
+    def _arguments(self, x: np.ndarray, factors: Mapping[str, float]) -> tuple[dict, dict, Any]:
+        wider = jnp.promote_types(self._dtype, jnp.float32)
+        parameters, statistics = (
+            {key: cast(array, self._dtype, factors.get(key, 1.0)) for key, array in kind.items()}
+            for kind in (self._model.parameters, self._model.statistics)
+        )
+        statistics = {key: cast(array, wider) for key, array in statistics.items()}
+        return parameters, statistics, cast(x, self._dtype)
+
+
+@contextmanager
+def switches(dtype: str) -> Iterator[None]:
+    """jax's own settings while a model runs in `dtype`."""
+    with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
+        yield
+
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` under jit, compiled in little time rather than to run in little."""
+    quick = _QUICK_COMPILE if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick)
+
 
 def _forward_and_back(
-    apply: Any, gradients: bool, parameters: dict, statistics: dict, x: Any
+    apply: Any,
+    gradients: bool,
+    loss: Callable[[Any], Any] | None,
+    parameters: dict,
+    statistics: dict,
+    x: Any,
 ) -> dict[str, Any]:
     """The fields of a trace."""
 
@@ -89,18 +143,50 @@ def _forward_and_back(
         calls = Calls()
         given = {**parameters, **smooth}
         output, after = apply(given, statistics, given.pop(_INPUT, x), calls)
-        outputs = dict(tensors(output))
-        trace = {"outputs": outputs, "layers": calls.outputs, "statistics": after}
-        return {part: y for part, y in outputs.items() if is_float(y)}, trace
+        roots = tensors(output) if loss is None else [("", loss(output))]
+        return {part: y for part, y in roots if is_float(y)}, _trace(calls, output, after)
 
     if not gradients:
         return forward({})[1]
     arguments = {**parameters, _INPUT: x}
     smooth = {key: array for key, array in arguments.items() if is_float(array)}
-    outputs, back, trace = jax.vjp(forward, smooth, has_aux=True)
-    weights = {part: jnp.asarray(cotangent(part, y.shape), y.dtype) for part, y in outputs.items()}
+    roots, back, trace = jax.vjp(forward, smooth, has_aux=True)
+    weights = {
+        part: jnp.ones_like(y) if loss else jnp.asarray(cotangent(part, y.shape), y.dtype)
+        for part, y in roots.items()
+    }
     found = dict(back(weights)[0])
-    return {**trace, "input_gradient": found.pop(_INPUT, None), "gradients": found}
+    total = sum(jnp.sum(y * weights[part]) for part, y in roots.items())
+    return {
+        **trace,
+        "loss": total,
+        "input_gradient": found.pop(_INPUT, None),
+        "gradients": found,
+    }
+
+
+def _forward_fed(
+    apply: Any, parameters: dict, statistics: dict, x: Any, inputs: dict, outputs: dict
+) -> dict[str, Any]:
+    """The fields of a trace of a forward whose layers are fed."""
+    calls = Fed(inputs, outputs, _adopt)
+    output, after = apply(parameters, statistics, x, calls)
+    return _trace(calls, output, after)
+
+
+def _trace(calls: Calls, output: Any, statistics: dict) -> dict[str, Any]:
+    return {
+        "inputs": calls.inputs,
+        "layers": calls.outputs,
+        "outputs": dict(tensors(output)),
+        "statistics": statistics,
+    }
+
+
+def _adopt(given: Any, own: Any) -> Any:
+    """`given` in place of `own`, where that can be."""
+    fits = is_float(own) and is_float(given)
+    return jnp.asarray(given, own.dtype) if fits else own
 
 
 def _until(error: Exception, model: Pure, arguments: tuple[dict, dict, Any]) -> Trace:
@@ -111,10 +197,10 @@ def _until(error: Exception, model: Pure, arguments: tuple[dict, dict, Any]) -> 
         model.apply(parameters, statistics, x, calls)
     except Exception as again:
         error = again  # without the frames of jit
-    return Trace(layers=calls.outputs, error=error)
+    return Trace(inputs=calls.inputs, layers=calls.outputs, error=error)
 
 
-def _cast(array: Any, dtype: Any, factor: float = 1.0) -> np.ndarray:
+def cast(array: Any, dtype: Any, factor: float = 1.0) -> np.ndarray:
     """In numpy, of `dtype` where it is floating: jax would compile a program for each shape."""
     array = np.asarray(array)
     return (

@@ -22,6 +22,7 @@ class Gauge:
 
     torch, flax: the largest error against the oracle.
     apart, rms: the largest and the root mean square difference between torch and Flax.
+    turn: 1 − the cosine of the angle between torch and Flax.
     oracle, magnitude: the largest finite magnitude in the oracle and in Flax.
     nan: whether one of torch and Flax has NaN where the other has a number.
     """
@@ -30,6 +31,7 @@ class Gauge:
     flax: float
     apart: float
     rms: float
+    turn: float
     oracle: float
     magnitude: float
     nan: bool
@@ -46,6 +48,7 @@ def gauge(torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray) -> Gauge:
         flax=_worst(gap(flax, oracle)),
         apart=_worst(apart),
         rms=_rms(apart),
+        turn=_turn(torch, flax),
         oracle=magnitude(oracle),
         magnitude=magnitude(flax),
         nan=bool(np.isnan(apart).any()),
@@ -62,7 +65,8 @@ class Judge:
     otherwise; the scale is the oracle's largest magnitude.
 
     Gradients stand under one more rule, as rounding errors of large terms that cancel do not
-    shrink with their sum: in float64 their scale is the largest gradient of the model. And a
+    shrink with their sum: in float64 their scale is the largest gradient of the model, and that of
+    an optimizer's moments always the largest of their name. And a
     tensor that is nothing but such errors (the gradient of a bias that a BatchNorm takes off
     again) says nothing: "noise" is what the oracle has below unit · largest and Flax below
     noise · largest, `largest` being the scale of the largest tensor, noise the unit in
@@ -85,7 +89,8 @@ class Judge:
         self, stage: str, path: str, shape: tuple[int, ...], found: Gauge, largest: float
     ) -> Row:
         """The row of a tensor; `largest` is also the scale of noise."""
-        scale = largest if self.exact and "gradient" in stage else found.oracle
+        common = stage == "optimizer state" or (self.exact and "gradient" in stage)
+        scale = largest if common else found.oracle
         allowed = self.multiple * found.torch + self.unit * scale
         quiet = found.oracle <= self.unit * largest and found.magnitude <= self.noise * largest
         verdict, note = "ok", ""
@@ -102,6 +107,7 @@ class Judge:
             dtype=self.dtype,
             max_error=_relative(found.apart, scale),
             rms_error=_relative(found.rms, scale),
+            cosine=1 - found.turn,
             torch_error=_relative(found.torch, scale),
             flax_error=_relative(found.flax, scale),
             verdict=verdict,
@@ -115,7 +121,19 @@ def equal(stage: str, path: str, torch: np.ndarray, flax: np.ndarray, dtype: str
     worst, rms = _relative(found.flax, found.oracle), _relative(found.rms, found.oracle)
     verdict = "nan" if found.nan else "fail" if worst else "ok"
     note = "not equal" if verdict == "fail" else ""
-    return Row(stage, path, flax.shape, dtype, worst, rms, 0.0, worst, verdict, note)
+    return Row(
+        stage=stage,
+        path=path,
+        shape=flax.shape,
+        dtype=dtype,
+        max_error=worst,
+        rms_error=rms,
+        cosine=1 - found.turn,
+        torch_error=0.0,
+        flax_error=worst,
+        verdict=verdict,
+        note=note,
+    )
 
 
 def without_numbers(
@@ -123,7 +141,7 @@ def without_numbers(
 ) -> Row:
     """The row of what cannot be compared: as far apart as can be."""
     far = math.inf
-    return Row(stage, path, shape, dtype, far, far, 0.0, far, verdict, note)
+    return Row(stage, path, shape, dtype, far, far, 0.0, 0.0, far, verdict, note)
 
 
 def gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -150,6 +168,16 @@ def _rms(distance: np.ndarray) -> float:
         return worst
     parts = np.nan_to_num(distance) / worst  # squares that cannot overflow
     return worst * math.sqrt(np.mean(parts**2))
+
+
+def _turn(a: np.ndarray, b: np.ndarray) -> float:
+    """1 − cos, 0 where one of the two is zero or not finite."""
+    scales = magnitude(a), magnitude(b)
+    if 0 in scales or not (np.isfinite(a).all() and np.isfinite(b).all()):
+        return 0.0
+    a, b = a.ravel() / scales[0], b.ravel() / scales[1]  # squares that cannot overflow
+    cosine = np.vdot(a, b).real / math.sqrt(np.vdot(a, a).real * np.vdot(b, b).real)
+    return max(0.0, 1 - float(cosine))
 
 
 def _relative(error: float, scale: float) -> float:

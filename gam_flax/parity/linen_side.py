@@ -41,7 +41,7 @@ def pure_linen(
 
 
 def _interceptor(calls: Calls, dtype: Any) -> Callable[..., Any]:
-    """Sets each layer's dtype before it runs and puts what it returns into `calls`.
+    """Sets each layer's dtype before it runs and takes its call through `calls`.
 
     `capture_intermediates` notes a layer twice that calls its parent's `__call__`.
     """
@@ -59,14 +59,14 @@ def _interceptor(calls: Calls, dtype: Any) -> Callable[..., Any]:
             return call(*args, **kwargs)
         if is_float_type(getattr(module, "dtype", None)):
             object.__setattr__(module, "dtype", dtype)  # apply works on copies of the modules
+        seen = path and trace_level() == level
+        name = ".".join(path)
         running.append(path)
         try:
-            output = call(*args, **kwargs)
+            output = call(*(calls.enter(name, args) if seen else args), **kwargs)
         finally:
             running.pop()
-        if path and trace_level() == level:
-            calls.add(".".join(path), output)
-        return output
+        return calls.leave(name, output) if seen else output
 
     return intercept
 

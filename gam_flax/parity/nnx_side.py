@@ -34,17 +34,17 @@ def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
         variables = nnx_variables(twin)
         for key, array in {**parameters, **statistics}.items():
             variables[key].set_value(array)
-        output = _noted(twin, calls)(x, **call_modes(twin, train))
+        output = _watched(twin, calls)(x, **call_modes(twin, train))
         return output, {key: variables[key].get_value() for key in statistics}
 
     return Pure(parameters, statistics, apply)
 
 
-_note: ContextVar[Callable[[Any, Any], None]] = ContextVar("_note")
+_around: ContextVar[Callable[..., Any]] = ContextVar("_around")
 
 
-def _noted(model: Any, calls: Calls) -> Callable[..., Any]:
-    """`model` as a function that puts what its layers return into `calls`.
+def _watched(model: Any, calls: Calls) -> Callable[..., Any]:
+    """`model` as a function that takes the calls of its layers through `calls`.
 
     `nnx.capture` leaves out layers that inherit their `__call__`, notes a layer twice that calls
     its parent's, and changes classes under everyone's feet. Here only the objects of this one
@@ -54,31 +54,31 @@ def _noted(model: Any, calls: Calls) -> Callable[..., Any]:
     paths = {id(module): path for path, module in nnx_modules(model).items()}
     level = trace_level()
 
-    def note(module: Any, output: Any) -> None:
+    def around(module: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
         path = paths.get(id(module))
-        if path and trace_level() == level:
-            calls.add(path, output)
+        if not path or trace_level() != level:
+            return call(module, *args, **kwargs)
+        output = call(module, *calls.enter(path, args), **kwargs)
+        return calls.leave(path, output)
 
-    def call(*args: Any, **kwargs: Any) -> Any:
-        token = _note.set(note)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        token = _around.set(around)
         try:
             return model(*args, **kwargs)
         finally:
-            _note.reset(token)
+            _around.reset(token)
 
     for module in nnx_modules(model).values():
         if callable(module):
-            module.__class__ = _noting(type(module))
-    return call
+            module.__class__ = _watched_class(type(module))
+    return run
 
 
 @cache  # NNX registers each class with jax for good, so there is one for each, not for each run
-def _noting(cls: type) -> type:
-    """`cls` with a call that tells its output to the run it is called in."""
+def _watched_class(cls: type) -> type:
+    """`cls` with a call that goes through the run it is called in."""
 
     def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        output = cls.__call__(self, *args, **kwargs)
-        _note.get()(self, output)
-        return output
+        return _around.get()(self, cls.__call__, args, kwargs)
 
     return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})

@@ -18,8 +18,8 @@ class Pure:
     """A model as a function, in training or evaluation.
 
     parameters, statistics: its arrays by dotted path, as they are.
-    apply: (parameters, statistics, x, calls) → (output, statistics after); what each layer
-        returns goes into `calls`.
+    apply: (parameters, statistics, x, calls) → (output, statistics after); the layers are called
+        through `calls`.
     """
 
     parameters: dict[str, Any]

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields
 from itertools import groupby
 from typing import Any
 
@@ -13,9 +14,14 @@ STAGES = (
     "parameters",
     "forward",
     "output",
+    "single-step",
+    "loss",
     "input gradient",
     "gradients",
     "running statistics",
+    "optimizer state",
+    "training",
+    "evaluation",
 )
 
 _EXCERPT = 12  # rows that `str` shows around the first divergence
@@ -33,11 +39,13 @@ class Row:
     shape: in Flax's layout.
     dtype: in which it was compared; of parameters and buffers the one that torch keeps.
     max_error, rms_error: of Flax against torch, divided by the tensor's scale.
+    cosine: of the angle between torch's numbers and Flax's; 0 where there are none.
     torch_error, flax_error: the largest error of each against the float64 run, divided by the
         scale; in float64 torch is that run, and its error is 0.
     verdict: "ok"; "noise", rounding noise on both sides; or a divergence: "fail", "shape",
         "nan" (where the other has a number), "missing" (no partner), "raised" (Flax's forward).
     note: what the numbers do not say: both shapes, what was allowed, the exception.
+    causes: why it diverges, as far as experiments tell; the likeliest first.
     """
 
     stage: str
@@ -46,10 +54,19 @@ class Row:
     dtype: str
     max_error: float
     rms_error: float
+    cosine: float
     torch_error: float
     flax_error: float
     verdict: str
     note: str = ""
+    causes: tuple[str, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """Flax's error in multiples of torch's; inf where torch has none."""
+        if self.flax_error == 0:
+            return 0.0
+        return self.flax_error / self.torch_error if self.torch_error else math.inf
 
     @property
     def ok(self) -> bool:
@@ -85,6 +102,7 @@ class ParityReport:
     unmatched: what has no partner. A parameter without one is a divergence and has a row, too;
         layers (an activation that is a function on the other side) and buffers are listed only.
     dtype, train, multiple: as `compare` was called.
+    configuration: versions, switches and modes that were met, see `configuration.Configuration`.
     """
 
     rows: tuple[Row, ...]
@@ -92,6 +110,7 @@ class ParityReport:
     dtype: str
     train: bool
     multiple: float
+    configuration: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
@@ -100,8 +119,17 @@ class ParityReport:
 
     @property
     def first_divergence(self) -> Row | None:
-        """The first row that diverges, or None."""
-        return next((row for row in self.rows if not row.ok), None)
+        """The row to look at, or None: the first that diverges. In the forward pass an error goes
+        on to all later layers, in the single steps it does not: where these name another layer
+        or what it is given, theirs. In the backward pass it goes on to all earlier layers: the
+        last of the gradients."""
+        wrong = [row for row in self.rows if not row.ok]
+        if wrong and wrong[0].stage in ("input gradient", "gradients"):
+            return [row for row in wrong if row.stage in ("input gradient", "gradients")][-1]
+        alone = next((row for row in wrong if row.stage == "single-step"), None)
+        if alone and wrong[0].stage in ("forward", "output") and alone.path != wrong[0].path:
+            return alone
+        return next(iter(wrong), None)
 
     @property
     def headline(self) -> str:
@@ -123,8 +151,10 @@ class ParityReport:
             "train": self.train,
             "multiple": self.multiple,
             "first_divergence": None if first is None else self.rows.index(first),
+            "causes": [] if first is None else first.causes,
             "rows": [_jsonable(asdict(row)) for row in self.rows],
             "unmatched": [asdict(item) for item in self.unmatched],
+            "configuration": dict(self.configuration),
         }
         return json.dumps(content, allow_nan=False)
 
@@ -138,6 +168,7 @@ class ParityReport:
             dtype=content["dtype"],
             train=content["train"],
             multiple=content["multiple"],
+            configuration=content["configuration"],
         )
 
     def to_markdown(self) -> str:
@@ -148,9 +179,25 @@ class ParityReport:
         for row in self.rows:
             cells = [cell.replace("|", "\\|") for cell in row.cells()]
             lines.append(_markdown([f"**{c}**" if row is first else c for c in cells]))
+        if first and first.causes:
+            lines += ["", "Likely causes:", "", *(f"- {cause}" for cause in first.causes)]
         if self.unmatched:
             lines += ["", f"Without a partner: {', '.join(map(str, self.unmatched))}."]
         return "\n".join(lines) + "\n"
+
+    def plot(self, path: str | os.PathLike, *, force: bool = False) -> None:
+        """Draws the errors of all layers by depth, as a .png or .svg: see `picture.draw`.
+
+        Args:
+            path: the file; one that exists is replaced with `force` only.
+
+        Raises:
+            CheckpointError: `path` has another suffix, exists, or cannot be written.
+            ModuleNotFoundError: matplotlib is not installed.
+        """
+        from gam_flax.parity.picture import draw
+
+        draw(self, path, force=force)
 
     def __str__(self) -> str:
         """The headline; then each stage in a line, or the rows around the first divergence."""
@@ -164,6 +211,7 @@ class ParityReport:
             lines += _aligned([_COLUMNS, *(row.cells() for row in shown)], mark=shown.index(first))
             if len(self.rows) > len(shown):
                 lines.append(f"  rows {start + 1} to {start + len(shown)} of {len(self.rows)}")
+            lines += [f"  likely cause: {cause}" for cause in first.causes]
         if self.unmatched:
             lines.append(f"  without a partner: {', '.join(map(str, self.unmatched))}")
         return "\n".join(lines)
@@ -195,6 +243,9 @@ class ParityReport:
                     )
             if grid.row_count:
                 branch.add(grid)
+            if first is not None and first.stage == stage:
+                for cause in first.causes:
+                    branch.add(Text(f"likely cause: {cause}", style="bold"))
         if self.unmatched:
             tree.add(Text(f"without a partner: {', '.join(map(str, self.unmatched))}"))
         return tree
@@ -236,4 +287,4 @@ def _jsonable(row: dict[str, Any]) -> dict[str, Any]:
 def _from_jsonable(row: dict[str, Any]) -> dict[str, Any]:
     floats = {field.name for field in fields(Row) if field.type == "float"}
     read = {name: float(value) if name in floats else value for name, value in row.items()}
-    return {**read, "shape": tuple(row["shape"])}
+    return {**read, "shape": tuple(row["shape"]), "causes": tuple(row["causes"])}

@@ -12,6 +12,7 @@ import numpy as np
 from gam_flax.convert.torch_file import to_numpy
 from gam_flax.parity.trace import (
     Calls,
+    Fed,
     Trace,
     channels_first,
     channels_last,
@@ -37,6 +38,8 @@ def run(
     rounded_to: str,
     train: bool,
     gradients: bool,
+    loss: Callable[[Any], Any] | None = None,
+    fed: Trace | None = None,
 ) -> Trace:
     """One forward, and one backward where `gradients` are wanted, of a copy of `model` on the CPU.
 
@@ -46,6 +49,8 @@ def run(
     Args:
         x: (B, *space, C).
         factors: what parameters and buffers are multiplied with before they are rounded.
+        loss: of the output; None for Σ output · cotangent.
+        fed: the run whose activations every layer is given instead of its own.
 
     Raises:
         ValueError: the forward draws random numbers.
@@ -68,31 +73,51 @@ def run(
     pixels.requires_grad_(gradients and pixels.is_floating_point())
 
     calls = Calls(keep=_numpy)
+    if fed is not None:
+        calls = Fed(fed.inputs, fed.layers, _adopt, keep=_numpy)
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         _watch(copy, calls, _refuse_draws(torch.get_rng_state()))
-        outputs = dict(tensors(copy(pixels)))
+        output = copy(pixels)
+    outputs = dict(tensors(output))
     trace = Trace(
+        inputs=calls.inputs,
         layers=calls.outputs,
+        order=calls.order,
         outputs={part: channels_last(_numpy(tensor)) for part, tensor in outputs.items()},
         statistics={key: _numpy(tensor) for key, tensor in copy.named_buffers()},
     )
     if gradients:
-        _backward(copy, pixels, outputs, trace)
+        roots = _weighed(output) if loss is None else [(loss(output), torch.tensor(1.0))]
+        _backward(copy, pixels, roots, trace)
     return trace
 
 
+def _adopt(array: np.ndarray, own: Any) -> Any:
+    """`array` as a tensor in place of `own`, where that can be."""
+    import torch
+
+    fits = own.is_floating_point() and tuple(own.shape) == array.shape
+    return torch.from_numpy(array.copy()).to(own.dtype) if fits else own
+
+
 def _watch(model: Any, calls: Calls, check: Callable[[str], None]) -> None:
-    """Notes the output of every layer; `check` is called with the layer that was just running."""
+    """Takes the calls of all layers through `calls`; `check` is called around each with the layer
+    that was just running."""
     for path, module in model.named_modules():
-        parent = path.rpartition(".")[0]
-        module.register_forward_pre_hook(lambda *_, parent=parent: check(parent))
-        module.register_forward_hook(lambda *_, path=path: check(path))
-        if path:
-            module.register_forward_hook(partial(_note, calls, path))
+        module.register_forward_pre_hook(partial(_enter, calls, check, path))
+        module.register_forward_hook(partial(_leave, calls, check, path))
 
 
-def _note(calls: Calls, path: str, module: Any, args: Any, output: Any) -> None:
-    calls.add(path, output)
+def _enter(calls: Calls, check: Callable[[str], None], path: str, module: Any, args: Any) -> Any:
+    check(path.rpartition(".")[0])
+    return calls.enter(path, args) if path else None
+
+
+def _leave(
+    calls: Calls, check: Callable[[str], None], path: str, module: Any, args: Any, output: Any
+) -> Any:
+    check(path)
+    return calls.leave(path, output) if path else None
 
 
 def _refuse_draws(start: Any) -> Callable[[str], None]:
@@ -109,25 +134,31 @@ def _refuse_draws(start: Any) -> Callable[[str], None]:
     return check
 
 
-def _backward(model: Any, pixels: Any, outputs: dict[str, Any], trace: Trace) -> None:
-    """Fills in the gradients of Σ output · cotangent."""
+def _weighed(output: Any) -> list[tuple[Any, Any]]:
+    """Each tensor of the output that has a gradient, and its cotangent."""
     import torch
 
-    roots = {part: tensor for part, tensor in outputs.items() if tensor.requires_grad}
+    pairs = []
+    for part, tensor in tensors(output):
+        weights = channels_first(cotangent(part, channels_last(_numpy(tensor)).shape))
+        if tensor.requires_grad:
+            pairs.append((tensor, torch.from_numpy(weights.copy())))
+    return pairs
+
+
+def _backward(model: Any, pixels: Any, roots: list[tuple[Any, Any]], trace: Trace) -> None:
+    """Fills in the loss, Σ root · weight, and its gradients."""
+    import torch
+
     wanted = {key: p for key, p in model.named_parameters() if p.requires_grad}
     leaves = [*wanted.values(), *([pixels] if pixels.requires_grad else [])]
     found: tuple[Any, ...] = (None,) * len(leaves)
     if roots and leaves:
-        weights = [
-            torch.from_numpy(channels_first(cotangent(part, trace.outputs[part].shape)).copy())
-            for part in roots
-        ]
-        found = torch.autograd.grad(
-            list(roots.values()),
-            leaves,
-            [w.to(root.dtype) for w, root in zip(weights, roots.values(), strict=True)],
-            allow_unused=True,
-        )
+        weights = [weight.to(root.dtype) for root, weight in roots]
+        tops = [root for root, _ in roots]
+        terms = [_numpy((t * w).sum()) for t, w in zip(tops, weights, strict=True)]
+        trace.loss = np.asarray(sum(terms))
+        found = torch.autograd.grad(tops, leaves, weights, allow_unused=True)
     arrays = [
         np.zeros(tuple(leaf.shape)) if gradient is None else _numpy(gradient)
         for leaf, gradient in zip(leaves, found, strict=True)

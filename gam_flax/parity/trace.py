@@ -22,15 +22,21 @@ Place = tuple[str, str]
 class Trace:
     """One run of one model, in float64 or complex128 whatever it was computed in.
 
-    layers: the output of every call of every layer but the model itself, in the order of return.
+    inputs: what every call of every layer was given, but the model itself, in the order of entry.
+    layers: what every such call returned, in the order of return.
+    order: both, as they came: True with the place of an input, False with that of an output.
     outputs: the model's own, "" for the only one.
-    input_gradient, gradients: of Σ output · cotangent; None and empty where none was wanted.
+    loss: Σ output · cotangent, or the user's own; None where no gradients were wanted.
+    input_gradient, gradients: of the loss; None and empty where none was wanted.
     statistics: the buffers after the run.
     error: what the forward raised; `layers` holds what came before it.
     """
 
+    inputs: dict[Place, np.ndarray] = field(default_factory=dict)
     layers: dict[Place, np.ndarray] = field(default_factory=dict)
+    order: list[tuple[bool, Place]] = field(default_factory=list)
     outputs: dict[str, np.ndarray] = field(default_factory=dict)
+    loss: np.ndarray | None = None
     input_gradient: np.ndarray | None = None
     gradients: dict[str, np.ndarray] = field(default_factory=dict)
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
@@ -38,20 +44,97 @@ class Trace:
 
 
 class Calls:
-    """Collects what layers return. `keep` is applied to each tensor at once."""
+    """Watches the calls of layers. `keep` is applied to each tensor at once.
+
+    Around every call stand `enter`, which returns the arguments to call with, and `leave`, which
+    returns what the caller is to get.
+    """
 
     def __init__(self, keep: Callable[[Any], Any] = lambda tensor: tensor):
+        self.inputs: dict[Place, Any] = {}
         self.outputs: dict[Place, Any] = {}
+        self.order: list[tuple[bool, Place]] = []
         self._keep = keep
         self._counts: Counter[str] = Counter()
+        self._running: dict[str, list[str]] = {}
 
-    def add(self, path: str, output: Any) -> None:
-        """Notes the output of one more call of the layer at `path`."""
+    def enter(self, path: str, args: tuple) -> tuple:
+        """Notes the arguments of one more call of the layer at `path`."""
         self._counts[path] += 1
         call = self._counts[path]
         mark = f"#{call}" if call > 1 else ""
+        self._running.setdefault(path, []).append(mark)
+        for part, tensor in arguments(args):
+            self.inputs[path, mark + part] = self._keep(tensor)
+            self.order.append((True, (path, mark + part)))
+        return args
+
+    def leave(self, path: str, output: Any) -> Any:
+        """Notes the output of the call that was entered last."""
+        mark = self._running[path].pop()
         for part, tensor in tensors(output):
             self.outputs[path, mark + part] = self._keep(tensor)
+            self.order.append((False, (path, mark + part)))
+        return output
+
+
+class Fed(Calls):
+    """The same, but each layer is given, and its caller gets, what another model had there.
+
+    What is noted is the model's own: what it would have given the layer, and what the layer makes
+    of the other model's input. An error stays where it arises.
+
+    Args:
+        inputs, outputs: place → tensor of the other model, in this one's layout.
+        adopt: (the other's tensor, this one's) → what is used instead of this one's.
+    """
+
+    def __init__(
+        self,
+        inputs: Mapping[Place, Any],
+        outputs: Mapping[Place, Any],
+        adopt: Callable[[Any, Any], Any],
+        keep: Callable[[Any], Any] = lambda tensor: tensor,
+    ):
+        super().__init__(keep)
+        self._inputs, self._outputs, self._adopt = inputs, outputs, adopt
+
+    def enter(self, path: str, args: tuple) -> tuple:
+        super().enter(path, args)
+        mark, only = self._running[path][-1], len(list(tensors(args))) == 1
+        return exchanged(
+            args,
+            lambda part, own: self._swap(self._inputs, (path, mark + ("" if only else part)), own),
+        )
+
+    def leave(self, path: str, output: Any) -> Any:
+        mark = self._running[path][-1]
+        super().leave(path, output)
+        return exchanged(
+            output, lambda part, own: self._swap(self._outputs, (path, mark + part), own)
+        )
+
+    def _swap(self, given: Mapping[Place, Any], place: Place, own: Any) -> Any:
+        return self._adopt(given[place], own) if place in given else own
+
+
+def arguments(args: tuple) -> Iterator[tuple[str, Any]]:
+    """The tensors among the arguments of a call; the only one is called ""."""
+    found = list(tensors(args))
+    yield from [("", found[0][1])] if len(found) == 1 else found
+
+
+def exchanged(value: Any, swap: Callable[[str, Any], Any], part: str = "") -> Any:
+    """`value` with swap(part, tensor) for each of its `tensors`."""
+    if hasattr(value, "shape") and hasattr(value, "dtype"):
+        return swap(part, value)
+    if isinstance(value, Mapping):
+        items = {key: exchanged(item, swap, f"{part}[{key}]") for key, item in value.items()}
+        return items if type(value) is dict else type(value)(items)  # type: ignore[call-arg]
+    if isinstance(value, (tuple, list)):
+        new = [exchanged(item, swap, f"{part}[{i}]") for i, item in enumerate(value)]
+        return type(value)(*new) if hasattr(value, "_fields") else type(value)(new)
+    return value
 
 
 def tensors(value: Any, part: str = "") -> Iterator[tuple[str, Any]]:

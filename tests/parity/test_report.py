@@ -17,7 +17,10 @@ from flax import nnx
 from gam_flax.parity import ParityReport, assert_parity, compare
 from tests.parity.networks import X, linen_net, nnx_net, pictures, stages, torch_net
 
-STAGES = ["parameters", "forward", "output", "input gradient", "gradients"]
+STAGES = [
+    *("parameters", "forward", "output", "single-step"),
+    *("loss", "input gradient", "gradients"),
+]
 
 
 def test_assert_parity_shows_the_first_divergence():
@@ -25,7 +28,7 @@ def test_assert_parity_shows_the_first_divergence():
     with pytest.raises(AssertionError) as raised:
         assert_parity(model, nnx_net(model, padding="SAME"), pictures(side=8), gradients=False)
     lines = str(raised.value).splitlines()
-    assert lines[0] == "no parity: 5 of 15 rows diverge (float64, eval), first forward conv1"
+    assert lines[0] == "no parity: 6 of 24 rows diverge (float64, eval), first forward conv1"
     assert lines[1].split()[:2] == ["stage", "path"]
     pointed = [line for line in lines if line.startswith(">")]
     assert len(pointed) == 1 and pointed[0].split()[1:3] == ["forward", "conv1"]
@@ -54,7 +57,8 @@ def test_markdown_and_rich():
     bold = [line for line in lines if "**" in line]
     assert len(bold) == 1 and bold[0].startswith("| **forward** | **conv1** | **2×4×4×8** |")
     assert lines[-1].startswith("Without a partner: torch buffer norm.num_batches_tracked, torch")
-    assert len(lines) == 4 + len(report.rows) + 2
+    assert lines[-3].startswith("- Flax's numbers are torch's with this change: padding 'SAME'")
+    assert len(lines) == 4 + len(report.rows) + 6
     console = Console(width=200, record=True, file=io.StringIO())
     console.print(report)
     text = console.export_text()
@@ -109,7 +113,7 @@ def test_it_works_where_gradients_and_x64_are_switched():
 
 def test_gradients_can_be_left_out():
     model = torch_net()
-    assert stages(compare(model, nnx_net(model), X, gradients=False)) == STAGES[:3]
+    assert stages(compare(model, nnx_net(model), X, gradients=False)) == STAGES[:4]
 
 
 def test_importing_parity_loads_no_framework():

@@ -1,0 +1,259 @@
+"""What two models give, tensor by tensor, until it is judged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+
+from gam_flax.parity import judge
+from gam_flax.parity.align import Layout, Layouts, Names
+from gam_flax.parity.causes import INPUT
+from gam_flax.parity.report import STAGES, Row, Unmatched
+from gam_flax.parity.trace import Place, Trace, channels_last, wide
+from gam_flax.parity.training import Training, laid
+
+# Stages whose tensors are of one kind: one of them is noise beside the largest of its group.
+_GROUPS = {
+    "forward": "values",
+    "single-step": "values",
+    "output": "values",
+    "loss": "values",
+    "input gradient": "gradients",
+    "gradients": "gradients",
+    "running statistics": "statistics",
+    "training": "trained",
+    "evaluation": "values after training",
+}
+
+_TRAINED = {
+    "optimizer_state": "optimizer state",
+    "losses": "training",
+    "parameters": "training",
+    "statistics": "training",
+    "output": "evaluation",
+}
+"""Field of a `Training` → stage."""
+
+
+def _group(stage: str, path: str) -> str:
+    """All moments of one name are one kind: each is a mean of the same power of gradients."""
+    return _GROUPS.get(stage) or f"moments {path.rpartition('.')[2]}"
+
+
+class Findings:
+    """Gathers what is found, stage by stage; the runs on several inputs count as one."""
+
+    def __init__(self, names: Names, ruler: judge.Judge, layout: Mapping[str, Layout]):
+        self.unmatched: list[Unmatched] = []
+        self.partners: dict[str, str] = {}  # torch key → Flax path of a parameter or buffer
+        self.names = names
+        self._judge = ruler
+        self.layouts = Layouts(layout)
+        self.tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
+
+    def rows(self) -> tuple[Row, ...]:
+        """What was found, judged, in the order of the stages."""
+        largest: dict[str, float] = {}
+        for (stage, path), found in self._found.items():
+            if not isinstance(found, Row):
+                group = _group(stage, path)
+                largest[group] = max(largest.get(group, 0.0), found[1].oracle)
+        rows = (
+            found
+            if isinstance(found, Row)
+            else self._judge.row(stage, path, *found, largest[_group(stage, path)])
+            for (stage, path), found in self._found.items()
+        )
+        return tuple(sorted(rows, key=lambda row: STAGES.index(row.stage)))
+
+    def pair(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
+        """Finds the partners of parameters, which must have one, and of buffers."""
+        for kind, tensors, partners in zip(("parameter", "buffer"), torch, flax, strict=True):
+            for key, tensor in tensors.items():
+                name = self.names.leaf(key, partners)
+                if name is None:
+                    self._lonely("torch", kind, key, tensor.shape)
+                else:
+                    self.partners[key] = name
+                    self.tensors[key] = tensor, np.asarray(partners[name])
+            taken = set(self.partners.values())
+            for name, partner in partners.items():
+                if name not in taken:
+                    self._lonely("flax", kind, name, tuple(partner.shape))
+
+    def weights(self, run: Trace) -> None:
+        """Parameters and buffers, which are to be equal; `run` shows what may be flattened."""
+        pictures = [array.shape[1:] for array in (*run.inputs.values(), *run.layers.values())]
+        if any(stage == "parameters" and key in self.tensors for stage, key in self._found):
+            return  # they are the same in every run
+        for key, (tensor, partner) in self.tensors.items():
+            name = self.partners[key]
+            laid = self.layouts.parameter(key, name, tensor, partner.shape)
+            if laid is not None and not np.array_equal(laid, partner):
+                self.layouts.learn_flattening(name, laid, partner, pictures)
+                laid = self.layouts.parameter(key, name, tensor, partner.shape)
+            dtype = tensor.dtype.name
+            if laid is None:
+                self._misshapen("parameters", key, tensor.shape, partner.shape, dtype)
+            else:
+                row = judge.equal("parameters", key, wide(laid), wide(partner), dtype)
+                self._found["parameters", key] = row
+
+    def forward(self, own: Trace, flax: Trace, oracle: Trace) -> None:
+        """Layers in torch's order, then the outputs."""
+        partners = dict(flax.layers)
+        for place, truth in oracle.layers.items():
+            path, partner = "".join(place), partners.pop(self.names.place(place), None)
+            if partner is None:
+                self._unmatched("torch", "layer", path, unless=flax.error)
+                continue
+            lay = self.layouts.activation(path, truth, partner)
+            if lay is None:
+                self._misshapen("forward", path, truth.shape, partner.shape)
+            else:
+                self._measure("forward", path, lay(own.layers[place]), partner, lay(truth))
+        for place in partners:
+            self._unmatched("flax", "layer", "".join(place))
+        if flax.error is None:
+            self._outputs("output", own, flax, oracle)
+
+    def as_flax_has_it(self, own: Trace, flax: Trace) -> Trace:
+        """torch's activations under Flax's paths and in Flax's layout.
+
+        What has another shape in Flax stays away: one side may pad before the layer, the other
+        inside.
+        """
+        found = Trace()
+        for mark, torch, partners, to in (
+            (INPUT, own.inputs, flax.inputs, found.inputs),
+            ("", own.layers, flax.layers, found.layers),
+        ):
+            for place, array in torch.items():
+                name = self.names.place(place)
+                lay = self.layouts.activation("".join(place) + mark, array, partners.get(name))
+                if lay is not None or not mark:
+                    to[name] = (lay or channels_last)(array)
+        return found
+
+    def single_step(self, own: Trace, flax: Trace, oracle: Trace) -> None:
+        """What each layer makes of torch's input, and what it would have been given."""
+        odd: dict[Place, tuple[tuple, tuple]] = {}
+        for is_input, place in own.order:
+            torch, partners, truths = (
+                run.inputs if is_input else run.layers for run in (own, flax, oracle)
+            )
+            partner, truth = partners.get(self.names.place(place)), truths[place]
+            path = "".join(place) + (INPUT if is_input else "")
+            if partner is None:
+                continue
+            lay = self.layouts.activation(path, truth, partner)
+            if lay is not None:
+                self._measure("single-step", path, lay(torch[place]), partner, lay(truth))
+            elif is_input:
+                odd[place] = truth.shape, partner.shape
+            else:
+                if place in odd:  # it is no matter of where a layer is padded, then
+                    self._misshapen("single-step", path + INPUT, *odd[place])
+                self._misshapen("single-step", path, truth.shape, partner.shape)
+        if flax.error is None:
+            self._outputs("single-step", own, flax, oracle)
+
+    def training(self, own: Training, flax: Training, oracle: Training) -> None:
+        """The optimizer's state after a step, losses, weights and statistics after all, and what
+        the model then gives in evaluation."""
+        truths = laid(oracle, flax, self.partners, self.layouts.parameter)
+        mine = laid(own, flax, self.partners, self.layouts.parameter)
+        for (field, key), (truth, partner) in truths.items():
+            path = "losses" if field == "losses" else key
+            self._measure(_TRAINED[field], path, mine[field, key][0], partner, truth)
+        for key in {*oracle.optimizer_state} ^ {*flax.optimizer_state}:
+            side = "Flax" if key in oracle.optimizer_state else "torch"
+            if not flax.unnamed:
+                self._nothing("missing", f"not in {side}", "optimizer state", key, ())
+
+    def noise(self) -> set[str]:
+        """The parameters whose gradient is nothing but rounding noise."""
+        return {
+            row.path for row in self.rows() if row.verdict == "noise" and row.path in self.partners
+        }
+
+    def raised(self, error: Exception) -> None:
+        """Flax's forward broke off: a finding only where the rows already tell why."""
+        if all(row.ok for row in self.rows()):
+            raise error
+        note = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+        self._nothing("raised", note, "output", "", ())
+
+    def gradients(self, own: Trace, flax: Trace, oracle: Trace) -> None:
+        """The loss; its gradients by the input, where that is a number, and by the parameters."""
+        if own.loss is not None and flax.loss is not None and oracle.loss is not None:
+            self._measure("loss", "", own.loss, flax.loss, oracle.loss)
+        torch, partner, truth = own.input_gradient, flax.input_gradient, oracle.input_gradient
+        if torch is not None and partner is not None and truth is not None:
+            self._measure("input gradient", "", torch, partner, truth)
+        self._tensors("gradients", own.gradients, flax.gradients, oracle.gradients)
+
+    def statistics(self, own: Trace, flax: Trace, oracle: Trace) -> None:
+        """The buffers after the pass."""
+        three = own.statistics, flax.statistics, oracle.statistics
+        self._tensors("running statistics", *three)
+
+    def _tensors(self, stage: str, own: Mapping, flax: Mapping, oracle: Mapping) -> None:
+        """Those that both have, in the same shape; `weights` has told of the others."""
+        for key, truth in oracle.items():
+            name = self.partners.get(key)
+            if name is None:
+                continue
+            partner = flax[name]
+            laid = self.layouts.parameter(key, name, truth, partner.shape)
+            torch = self.layouts.parameter(key, name, own[key], partner.shape)
+            if laid is not None and torch is not None:
+                self._measure(stage, key, torch, partner, laid)
+
+    def _outputs(self, stage: str, own: Trace, flax: Trace, oracle: Trace) -> None:
+        for part, truth in oracle.outputs.items():
+            partner = flax.outputs.get(part)
+            if partner is None:
+                self._nothing("missing", "not in Flax", stage, part, truth.shape)
+            elif partner.shape != truth.shape:
+                self._misshapen(stage, part, truth.shape, partner.shape)
+            else:
+                self._measure(stage, part, own.outputs[part], partner, truth)
+        for part, partner in flax.outputs.items():
+            if part not in oracle.outputs:
+                self._nothing("missing", "not in torch", stage, part, partner.shape)
+
+    def _measure(
+        self, stage: str, path: str, torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray
+    ) -> None:
+        found = judge.gauge(torch, flax, oracle)
+        before = self._found.get((stage, path))
+        if isinstance(before, tuple):
+            found |= before[1]
+        self._found[stage, path] = flax.shape, found
+
+    def _lonely(self, side: str, kind: str, path: str, shape: tuple[int, ...]) -> None:
+        self._unmatched(side, kind, path)
+        if kind == "parameter":
+            other = "Flax" if side == "torch" else "torch"
+            self._nothing("missing", f"not in {other}", "parameters", path, shape)
+
+    def _unmatched(self, side: str, kind: str, path: str, unless: Exception | None = None) -> None:
+        """Once a name; a forward that broke off says nothing about the layers behind."""
+        item = Unmatched(side, kind, path)
+        if unless is None and item not in self.unmatched:
+            self.unmatched.append(item)
+
+    def _misshapen(
+        self, stage: str, path: str, torch: tuple, flax: tuple, dtype: str | None = None
+    ) -> None:
+        self._nothing("shape", f"torch {torch}, Flax {flax}", stage, path, flax, dtype)
+
+    def _nothing(
+        self, verdict: str, note: str, stage: str, path: str, shape: tuple, dtype: str | None = None
+    ) -> None:
+        dtype = dtype or self._judge.dtype
+        row = judge.without_numbers(verdict, note, stage, path, shape, dtype)
+        self._found[stage, path] = row

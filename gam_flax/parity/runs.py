@@ -1,0 +1,270 @@
+"""The runs of a comparison, and the report of what they gave."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from flax import nnx
+
+from gam_flax.convert.flax_paths import nnx_modules
+from gam_flax.convert.rename import Rename
+from gam_flax.parity import flax_side, judge, torch_side
+from gam_flax.parity.align import Layout, Names
+from gam_flax.parity.causes import Evidence, explain
+from gam_flax.parity.configuration import check_configuration, comparison_settings
+from gam_flax.parity.findings import Findings
+from gam_flax.parity.optimizers import Optimizer
+from gam_flax.parity.progress import Tell
+from gam_flax.parity.report import STAGES, ParityReport
+from gam_flax.parity.trace import Trace
+from gam_flax.parity.training import Training, train_torch, untrained
+from gam_flax.parity.training_causes import explain_training
+from gam_flax.parity.training_flax import TrainingProgram
+
+_EXPLAINED = 3  # single steps whose causes are looked for, beside the first divergence
+_NEIGHBOURS = 7  # runs beside the given one, over which a narrow dtype's errors are collected
+_TRAININGS = 3  # the same for training, which takes longer; in float64 as well
+
+_BEFORE_TRAINING = STAGES[: STAGES.index("running statistics")]
+_TRAINING = STAGES[STAGES.index("optimizer state") :]
+
+
+@dataclass(frozen=True)
+class Question:
+    """The arguments of `compare`."""
+
+    torch_model: Any
+    flax_model: Any
+    inputs: np.ndarray
+    train: bool
+    gradients: bool
+    dtype: str
+    steps: int
+    optimizer: Optimizer
+    loss: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None]
+    rename: Rename
+    layout: Mapping[str, Layout]
+    multiple: float
+
+    @property
+    def exact(self) -> bool:
+        return self.dtype == "float64"
+
+
+def answer(question: Question, tell: Tell) -> ParityReport:
+    """Runs both models and judges what they give; `tell` hears what is being done."""
+    flax_side.check_kind(question.flax_model)
+    found = configured(question)
+    with comparison_settings(x64=question.exact):
+        return replace(_answer(question, tell), configuration=found)
+
+
+def configured(question: Question) -> dict[str, Any]:
+    """What the comparison meets, as plain data."""
+    import json
+
+    found = check_configuration(question.torch_model, question.flax_model, dtype=question.dtype)
+    return json.loads(found.to_json())
+
+
+def _answer(question: Question, tell: Tell) -> ParityReport:
+    model, dtype = question.torch_model, question.dtype
+    pure = flax_side.pure(question.flax_model, dtype=dtype, train=question.train)
+    program = flax_side.Program(
+        pure, dtype=dtype, gradients=question.gradients, loss=question.loss[1]
+    )
+    found = Findings(Names(question.rename), judge.Judge(dtype, question.multiple), question.layout)
+    found.pair(torch_side.weights(model), (pure.parameters, pure.statistics))
+    first: Evidence | None = None
+    samples = list(_samples(question.inputs, found.partners, dtype))
+    for number, (x, factors) in enumerate(samples, 1):
+        tell(f"forward and backward, {number} of {len(samples)}", number / (len(samples) + 1))
+        evidence = _one_run(question, found, program, x, factors)
+        first = first or evidence
+        if evidence.flax.error is not None:
+            break
+    assert first is not None
+    trainings = None
+    if question.steps and _agree_so_far(found) and first.flax.error is None:
+        tell(f"training, {question.steps} steps", 0.9)
+        trainings = _trainings(question, found, pure)
+    report = ParityReport(
+        found.rows(), tuple(found.unmatched), dtype, question.train, question.multiple
+    )
+    if report.ok:
+        return report
+    tell("looking for the cause", 0.95)
+    if question.exact:
+        return _explained(report, question, first, trainings)
+    return _with_causes_of(report, _answer(replace(question, dtype="float64"), tell))
+
+
+def _one_run(
+    question: Question,
+    found: Findings,
+    program: flax_side.Program,
+    x: np.ndarray,
+    factors: Mapping[str, float],
+) -> Evidence:
+    """Both models on one input, twice: running freely, and Flax fed with torch's activations."""
+    model, dtype = question.torch_model, question.dtype
+    options: dict[str, Any] = {"rounded_to": dtype, "train": question.train}
+    free = {"gradients": question.gradients, "loss": question.loss[0], **options}
+    oracle = own = torch_side.run(model, x, factors, dtype="float64", **free)
+    if not question.exact:
+        own = torch_side.run(model, x, factors, dtype=dtype, **free)
+    found.weights(oracle)
+    flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
+    flax = program(x, flax_factors)
+    found.forward(own, flax, oracle)
+    fed = program.fed(x, flax_factors, found.as_flax_has_it(own, flax))
+    truth = own
+    if not question.exact:
+        truth = torch_side.run(
+            model, x, factors, dtype="float64", gradients=False, fed=own, **options
+        )
+    found.single_step(own, fed, truth)
+    if flax.error is not None:
+        found.raised(flax.error)
+    else:
+        if question.gradients and _same_outputs(flax, oracle):
+            found.gradients(own, flax, oracle)
+        if question.train:
+            found.statistics(own, flax, oracle)
+    whole = isinstance(question.flax_model, nnx.Module)
+    return Evidence(
+        torch_model=model,
+        train=question.train,
+        own=own,
+        flax=flax,
+        fed=fed,
+        weights=found.tensors,
+        partners=found.partners,
+        names=found.names,
+        layouts=found.layouts,
+        flax_layers=nnx_modules(question.flax_model) if whole else {},
+    )
+
+
+def _agree_so_far(found: Findings) -> bool:
+    """Whether training can tell more: models that differ train differently."""
+    return all(row.ok for row in found.rows() if row.stage in _BEFORE_TRAINING)
+
+
+def _trainings(question: Question, found: Findings, pure: Any) -> tuple[Training, Training] | None:
+    """Trains both; returns both trainings on the given input, where the dtype is float64.
+
+    In float64 torch trains on neighbours too: Adam brings rounding up, and its own error tells by
+    how much.
+    """
+    model, dtype, fixed = question.torch_model, question.dtype, untrained(question.torch_model)
+    if fixed >= {key for key, _ in model.named_parameters()}:
+        return None  # nothing to train
+    frozen = found.noise()
+    evaluation = flax_side.pure(question.flax_model, dtype=dtype, train=False)
+    program = TrainingProgram(
+        pure,
+        evaluation,
+        optimizer=question.optimizer,
+        steps=question.steps,
+        dtype=dtype,
+        partners=found.partners,
+        frozen=frozen,
+        fixed=fixed,
+        loss=question.loss[1],
+    )
+    options: dict[str, Any] = {
+        "optimizer": question.optimizer,
+        "steps": question.steps,
+        "rounded_to": dtype,
+        "train": question.train,
+        "frozen": frozen,
+        "loss": question.loss[0],
+    }
+    samples = list(_samples(question.inputs, found.partners, dtype, _TRAININGS))
+    pairs = []
+    for x, factors in samples:
+        oracle = train_torch(model, x, factors, dtype="float64", **options)
+        flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
+        pairs.append((oracle, program(x, flax_factors)))
+        if not question.exact:
+            own = train_torch(model, x, factors, dtype=dtype, **options)
+            found.training(own, pairs[-1][1], oracle)
+    if question.exact:
+        oracle, flax = pairs[0]
+        for x, factors in _samples(question.inputs, found.partners, dtype, _TRAININGS, near=True):
+            own = train_torch(model, x, factors, dtype="float64", **options)
+            found.training(own, flax, oracle)
+    return pairs[0]
+
+
+def _samples(
+    x: np.ndarray, keys: Iterable[str], dtype: str, count: int = _NEIGHBOURS, near: bool = False
+) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
+    """The input and no factors; in a narrow dtype also neighbours, with factors for the tensors;
+    `near`: neighbours alone, in any.
+
+    A tensor of few numbers may be right by luck, and its error then is no measure of what the
+    dtype can do. A neighbour has input and weights a few units off, which deals all roundings
+    anew and changes nothing else.
+    """
+    floating = x.dtype.kind in "fV"  # numpy files bfloat16 under V
+    kept = np.dtype(np.float64) if dtype == "float64" else ml_dtypes.finfo(dtype).dtype
+    step = 8 * float(ml_dtypes.finfo(kept).eps)
+    rng = np.random.default_rng(0)
+    if not near:
+        yield x.astype(kept).astype(np.float64) if floating else x, {}
+    for _ in range(count if near or dtype != "float64" else 0):
+        factors = {key: float(1 + step * rng.uniform(-1, 1)) for key in keys}
+        moved = x.astype(np.float64) * (1 + step * rng.uniform(-1, 1, x.shape)) if floating else x
+        yield moved.astype(kept).astype(np.float64) if floating else x, factors
+
+
+def _same_outputs(flax: Trace, oracle: Trace) -> bool:
+    """Whether the losses are the same function of the outputs."""
+    shapes = {part: y.shape for part, y in oracle.outputs.items()}
+    return shapes == {part: y.shape for part, y in flax.outputs.items()}
+
+
+def _explained(
+    report: ParityReport,
+    question: Question,
+    evidence: Evidence,
+    trainings: tuple[Training, Training] | None,
+) -> ParityReport:
+    """With the causes of the first divergence, and of the first single steps that diverge."""
+    first = report.first_divergence
+    chosen = [row for row in report.rows if row.stage == "single-step" and not row.ok][:_EXPLAINED]
+    causes = {id(row): explain(row, evidence) for row in (first, *chosen) if row is not None}
+    if first is not None and first.stage in _TRAINING and trainings is not None:
+        causes[id(first)] = explain_training(
+            question.torch_model,
+            question.inputs,
+            *trainings,
+            optimizer=question.optimizer,
+            train=question.train,
+            partners=evidence.partners,
+            lay=evidence.layouts.parameter,
+            loss=question.loss[0],
+        )
+    rows = (replace(row, causes=causes.get(id(row), ())) for row in report.rows)
+    return replace(report, rows=tuple(rows))
+
+
+def _with_causes_of(report: ParityReport, exact: ParityReport) -> ParityReport:
+    """The report of a narrow dtype with what float64 tells of its first divergence."""
+    first, true = report.first_divergence, exact.first_divergence
+    if true is None:
+        causes: tuple[str, ...] = (
+            f"in float64 the models agree: here Flax computes in less than {report.dtype} "
+            "(dtype= of the layer, TF32 or bfloat16 products, a variance as E[x²] − E[x]²)",
+        )
+    else:
+        where = "" if first and true.path == first.path else f"in float64 {true.path}: "
+        causes = tuple(where + cause for cause in true.causes)
+    rows = tuple(replace(row, causes=causes) if row is first else row for row in report.rows)
+    return replace(report, rows=rows)
