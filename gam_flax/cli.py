@@ -406,7 +406,7 @@ def main() -> None:
     except CheckpointError as error:
         _stop(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
-        extra = {"torch": "torch", "matplotlib": "plots"}.get(error.name or "")
+        extra = {"torch": "torch", "matplotlib": "plots", "PIL": "images"}.get(error.name or "")
         if extra is None:
             raise
         _stop(f"{error.name} is not installed: pip install 'gam-attention[{extra}]'")

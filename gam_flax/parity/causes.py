@@ -206,17 +206,16 @@ def _module(evidence: Evidence, place: Place) -> Any:
 
 
 def _known(evidence: Evidence, index: int) -> dict[str, np.ndarray]:
-    """What torch had computed before event `index`, by name: outputs, and inputs of the layers
-    that are still running."""
+    """What torch had computed before event `index`, by name: outputs of layers, and their inputs
+    where these are no other's output."""
     known: dict[str, np.ndarray] = {}
-    ended = {place for is_input, place in evidence.own.order[:index] if not is_input}
     for is_input, place in evidence.own.order[:index]:
-        name = "".join(place)
+        name, own = "".join(place), evidence.own
         if not is_input:
             known.pop(name, None)
-            known[name] = evidence.own.layers[place]
-        elif place not in ended or not known:
-            known[f"the input of {name}"] = evidence.own.inputs[place]
+            known[name] = own.layers[place]
+        elif not any(np.array_equal(own.inputs[place], other) for other in known.values()):
+            known[f"the input of {name}"] = own.inputs[place]
     return known
 
 

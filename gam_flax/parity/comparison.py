@@ -38,23 +38,31 @@ def compare(
     """Runs a torch model and a Flax model on the same input and compares all that they compute.
 
     Stage by stage: parameters and buffers, which are to be equal; the output of every call of
-    every layer, each model running freely; the model's output; the gradients of
-    Σ output · cotangent (fixed numbers between -1 and 1) with respect to the input and to every
-    parameter; in training, the running statistics after the pass.
+    every layer, each model running freely, and the model's output; the single steps, in which
+    Flax's layers are fed with torch's activations, so that errors do not pile up and the guilty
+    layer, or what lies before it, stands alone; the loss, Σ output · cotangent (fixed numbers
+    between -1 and 1) or your own; its gradients by the input and by every parameter; in training,
+    the running statistics; with `steps`, the optimizer's state after one step, the losses, weights
+    and statistics of all steps (½ mean (output − target)² with a fixed target, or your loss), and
+    the output in evaluation afterwards.
+
+    The first divergence is marked, with its likely causes: experiments that turn torch's numbers
+    into Flax's by changing one setting. See docs/parity.md.
 
     A row agrees when Flax is as near to torch's float64 run as can be asked:
 
         |Flax − oracle| ≤ multiple · max|torch − oracle| + unit · scale
 
-    where scale is the tensor's largest magnitude, unit is 1e-12 in float64 (torch is the oracle
-    then, so that the first term is 0) and the dtype's eps in float32 and bfloat16. In float64 the
-    scale of every gradient is the largest gradient's, as the rounding errors of terms that cancel
-    are of their size. A tensor that is rounding noise on both sides, as the gradient of a bias
-    before a BatchNorm in training, has verdict "noise" and agrees: torch's float64 value is below
-    unit · largest, Flax's below unit · largest in float64 and below √unit · largest otherwise,
-    `largest` being the largest of all values or of all gradients. There is no other tolerance. In
+    where unit is 1e-12 in float64 (torch is the oracle then, so that the first term is 0) and the
+    dtype's eps in float32 and bfloat16, and scale the tensor's largest magnitude. Where terms
+    cancel, the scale is that of the terms: of a gradient the largest gradient, of an optimizer's
+    moment the largest of its name, of a running mean the deviation of its values. A tensor that is
+    rounding noise on both sides, as the gradient of a bias before a BatchNorm in training, has
+    verdict "noise" and agrees: torch's float64 value is below unit · largest, Flax's below
+    unit · largest in float64 and below √unit · largest otherwise. There is no other tolerance. In
     float32 and bfloat16 both errors are the largest over eight runs, seven of them with input and
-    weights a few units off, so that a tensor of few numbers is not judged by luck.
+    weights a few units off, so that a tensor of few numbers is not judged by luck; and a bfloat16
+    gradient's unit is √eps, as XLA adds gradients in bfloat16 where torch does in float32.
 
     Layers and parameters are paired by path, leaves by the table of `gam_flax.convert.leaves`.
     What has no partner is listed in `unmatched`; only a parameter without one is a divergence.
@@ -74,9 +82,17 @@ def compare(
         train: compare in training mode.
         gradients: whether to differentiate.
         dtype: "float64", "float32" or "bfloat16".
+        steps: of training, after all else agrees so far; 0 for none. Gradients that are noise are
+            kept at zero on both sides: Adam would scale them up.
+        optimizer: a name of `optimizers.NAMES` ("sgd", "momentum", "nesterov", "adam", "adamw",
+            each also with "+clip"), or a pair (parameters → torch optimizer, optax transformation).
+        loss: of torch's output and of Flax's, one number each.
         rename: torch's path of a layer → Flax's, a mapping (which also holds for what lies under
             a path, and may name single tensors by their keys) or a function.
+        layout: key of a parameter, path of a layer (for its output), or path and " (input)" →
+            a function of torch's array that gives Flax's; where the rules do not.
         multiple: how many times torch's own error Flax may be off.
+        progress: show a bar while the standard error is a terminal.
 
     Raises:
         TypeError: models of other kinds.

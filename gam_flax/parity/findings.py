@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 
@@ -25,6 +27,9 @@ _GROUPS = {
     "training": "trained",
     "evaluation": "values after training",
 }
+
+# Rounding errors of large terms that cancel do not shrink with their sum.
+_COMMON_SCALE = ("input gradient", "gradients", "optimizer state")
 
 _TRAINED = {
     "optimizer_state": "optimizer state",
@@ -61,12 +66,37 @@ class Findings:
                 group = _group(stage, path)
                 largest[group] = max(largest.get(group, 0.0), found[1].oracle)
         rows = (
-            found
-            if isinstance(found, Row)
-            else self._judge.row(stage, path, *found, largest[_group(stage, path)])
+            found if isinstance(found, Row) else self._judged(stage, path, *found, largest)
             for (stage, path), found in self._found.items()
         )
         return tuple(sorted(rows, key=lambda row: STAGES.index(row.stage)))
+
+    def _judged(
+        self,
+        stage: str,
+        path: str,
+        shape: tuple[int, ...],
+        found: judge.Gauge,
+        largest: Mapping[str, float],
+    ) -> Row:
+        kind = largest[_group(stage, path)]
+        scale = kind if stage in _COMMON_SCALE else found.oracle
+        if path.endswith("running_mean"):  # whose rounding errors are of its values' size
+            variance = self._found.get((stage, path.removesuffix("mean") + "var"))
+            if isinstance(variance, tuple):
+                scale = max(scale, math.sqrt(variance[1].oracle))
+        if stage == "loss":  # a sum of outputs that cancel
+            outputs = [
+                f[1].oracle
+                for (of, _), f in self._found.items()
+                if of == "output" and not isinstance(f, Row)
+            ]
+            scale = max([scale, *outputs])
+        if stage == "single-step":  # one layer is allowed what torch needs for all up to it
+            free = self._found.get(("forward", path.removesuffix(INPUT)))
+            if isinstance(free, tuple):
+                found = replace(found, torch=max(found.torch, free[1].torch))
+        return self._judge.row(stage, path, shape, found, scale, kind)
 
     def pair(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
         """Finds the partners of parameters, which must have one, and of buffers."""

@@ -17,7 +17,8 @@ from gam_flax.parity.nnx_side import pure_nnx
 from gam_flax.parity.pure import Pure, is_float
 from gam_flax.parity.trace import Calls, Fed, Trace, cotangent, tensors, wide
 
-# Compiling is most of what a comparison costs, and LLVM's expensive passes are most of that.
+# Compiling is most of what a comparison costs, and LLVM's expensive passes are most of that. In
+# float64 only: without them sums run one by one, 20 times as far off in float32 as torch's.
 _QUICK_COMPILE = {
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
@@ -74,8 +75,8 @@ class Program:
     ):
         self._dtype = dtype
         self._model = model
-        self._run = compiled(partial(_forward_and_back, model.apply, gradients, loss))
-        self._run_fed = compiled(partial(_forward_fed, model.apply))
+        self._run = compiled(partial(_forward_and_back, model.apply, gradients, loss), dtype)
+        self._run_fed = compiled(partial(_forward_fed, model.apply), dtype)
 
     def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Trace:
         """One run.
@@ -123,9 +124,9 @@ def switches(dtype: str) -> Iterator[None]:
         yield
 
 
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` under jit, compiled in little time rather than to run in little."""
-    quick = _QUICK_COMPILE if jax.default_backend() == "cpu" else None
+def compiled(function: Callable[..., Any], dtype: str) -> Callable[..., Any]:
+    """`function` under jit; for float64 compiled in little time rather than to run in little."""
+    quick = _QUICK_COMPILE if jax.default_backend() == "cpu" and dtype == "float64" else None
     return jax.jit(function, compiler_options=quick)
 
 

@@ -7,7 +7,7 @@ these are tried until one is torch's tensor and one is Flax's. What the two are 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
@@ -21,6 +21,7 @@ NEAR = 1e-9
 """Two tensors are one where they differ by no more than this part of their largest number."""
 
 _LATEST = 8  # known tensors from which expressions are built
+_JOINED = 6  # of them, those that are joined in pairs
 _NOTHING = "nothing"
 
 
@@ -214,7 +215,8 @@ def _expressions(
 
     latest = dict(reversed([*known.items()][-_LATEST:]))
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in latest.items()}
-    bases = [*tensors.items(), *_pairs(tensors)]
+    pairs = list(_pairs(dict(list(tensors.items())[:_JOINED])))
+    bases = [*tensors.items(), *pairs]
     fitting = [(name, tensor) for name, tensor in bases if tensor.numel() in sizes]
     for name, tensor in fitting:
         yield Expression(name, _NOTHING), tensor.numpy()
@@ -223,15 +225,19 @@ def _expressions(
             value = _try(apply, tensor)
             if value is not None:
                 yield Expression(name, function), value.numpy()
-    for name, tensor in bases:
-        yield from _smaller(name, tensor, sizes)
+    for name, tensor in tensors.items():
+        yield from _smaller(name, tensor, sizes, functions())
+    for name, tensor in pairs:
+        yield from _smaller(name, tensor, sizes, {"relu": torch.relu})
 
 
-def _smaller(name: str, tensor: Any, sizes: set[int]) -> Iterator[tuple[Expression, np.ndarray]]:
+def _smaller(
+    name: str, tensor: Any, sizes: set[int], activations: Mapping[str, Callable[[Any], Any]]
+) -> Iterator[tuple[Expression, np.ndarray]]:
     """Pooled and flattened, as it is and after an activation."""
     if tensor.ndim != 4:
         return
-    activations = {_NOTHING: lambda x: x, **functions()}
+    activations = {_NOTHING: lambda x: x, **activations}
     for reduction, reduce in _reductions().items():
         shape = _try(reduce, tensor.to("meta"))
         if shape is None or shape.numel() not in sizes:
@@ -286,6 +292,11 @@ def _reductions() -> dict[str, Callable[[Any], Any]]:
                     found[f"average {name}, counting real pixels"] = _pool(
                         F.avg_pool2d, k, stride, padding, 0.0, count_include_pad=False
                     )
+    pools = {name: pool for name, pool in found.items() if " pool " in name}
+    flat = {name: order for name, order in found.items() if name.startswith("flatten")}
+    for order, flatten in flat.items():
+        for name, pool in pools.items():
+            found[f"{order} of {name}"] = _composed(flatten, pool)
     for mode in ("nearest", "bilinear", "bicubic"):
         found[f"upsampling by 2, {mode}"] = _resize(mode)
         if mode != "nearest":
@@ -299,6 +310,10 @@ def _pool(
     if padding is None:
         return lambda x: function(same_padding(x, k, stride, 1, fill), k, stride, **options)
     return lambda x: function(x, k, stride, padding, **options)
+
+
+def _composed(outer: Callable[[Any], Any], inner: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    return lambda x: outer(inner(x))
 
 
 def _resize(mode: str, **options: Any) -> Callable[[Any], Any]:

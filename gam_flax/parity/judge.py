@@ -64,14 +64,16 @@ class Judge:
     torch itself, so that only unit · scale is left. The unit is 1e-12 in float64, the dtype's eps
     otherwise; the scale is the oracle's largest magnitude.
 
-    Gradients stand under one more rule, as rounding errors of large terms that cancel do not
-    shrink with their sum: in float64 their scale is the largest gradient of the model, and that of
-    an optimizer's moments always the largest of their name. And a
-    tensor that is nothing but such errors (the gradient of a bias that a BatchNorm takes off
+    Rounding errors of large terms that cancel do not shrink with their sum. So the scale of a
+    gradient is the largest gradient of the model, of an optimizer's moment the largest of its
+    name, and of a running mean the deviation of its values; and in a single step one layer is
+    allowed what torch is off by after all layers up to it. XLA adds the gradients of a bfloat16
+    bias in bfloat16, torch in float32: there the unit of a gradient is √eps, 9 % of the largest.
+
+    A tensor that is nothing but such errors (the gradient of a bias that a BatchNorm takes off
     again) says nothing: "noise" is what the oracle has below unit · largest and Flax below
-    noise · largest, `largest` being the scale of the largest tensor, noise the unit in
-    float64 and its root in the narrower types, whose errors pile up. (Values and gradients are
-    kept apart; `largest` is that of their own kind.)
+    noise · largest, `largest` being the scale of the largest tensor of its kind, noise the unit
+    in float64 and its root in the narrower types, whose errors pile up.
 
     Args:
         dtype: one of `DTYPES`.
@@ -86,12 +88,17 @@ class Judge:
         self.noise = self.unit if self.exact else math.sqrt(self.unit)
 
     def row(
-        self, stage: str, path: str, shape: tuple[int, ...], found: Gauge, largest: float
+        self,
+        stage: str,
+        path: str,
+        shape: tuple[int, ...],
+        found: Gauge,
+        scale: float,
+        largest: float,
     ) -> Row:
-        """The row of a tensor; `largest` is also the scale of noise."""
-        common = stage == "optimizer state" or (self.exact and "gradient" in stage)
-        scale = largest if common else found.oracle
-        allowed = self.multiple * found.torch + self.unit * scale
+        """The row of a tensor; `largest` is of all tensors of its kind."""
+        coarse = self.dtype == "bfloat16" and "gradient" in stage
+        allowed = self.multiple * found.torch + (self.noise if coarse else self.unit) * scale
         quiet = found.oracle <= self.unit * largest and found.magnitude <= self.noise * largest
         verdict, note = "ok", ""
         if found.nan:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -99,7 +100,8 @@ def _answer(question: Question, tell: Tell) -> ParityReport:
         return report
     tell("looking for the cause", 0.95)
     if question.exact:
-        return _explained(report, question, first, trainings)
+        with _one_thread():
+            return _explained(report, question, first, trainings)
     return _with_causes_of(report, _answer(replace(question, dtype="float64"), tell))
 
 
@@ -228,6 +230,20 @@ def _same_outputs(flax: Trace, oracle: Trace) -> bool:
     """Whether the losses are the same function of the outputs."""
     shapes = {part: y.shape for part, y in oracle.outputs.items()}
     return shapes == {part: y.shape for part, y in flax.outputs.items()}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Thousands of small experiments: threads that wait for each other make them many times
+    slower on a machine that does something else."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _explained(

@@ -56,10 +56,12 @@ class TrainingProgram:
         self._fixed = {partners[key] for key in fixed if key in partners}
         still = {partners[key] for key in frozen if key in partners}
         optax = recipe(optimizer).optax
-        self._init = compiled(optax.init)
-        self._update = compiled(partial(_update, optax))
-        self._gradients = compiled(partial(_gradients, model.apply, still, loss or _mean_square))
-        self._evaluate = compiled(partial(_outputs, evaluation.apply))
+        self._init = compiled(optax.init, dtype)
+        self._update = compiled(partial(_update, optax), dtype)
+        self._gradients = compiled(
+            partial(_gradients, model.apply, still, loss or _mean_square), dtype
+        )
+        self._evaluate = compiled(partial(_outputs, evaluation.apply), dtype)
 
     def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Training:
         """One training.

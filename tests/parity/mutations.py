@@ -9,9 +9,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import torch
 from flax import nnx
 
 from gam_flax.ops.conv import channel_shuffle
+from gam_flax.parity.optimizers import Recipe
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,22 @@ def both(*changes: Callable[[Any, Any], None]) -> Callable[[Any, Any], None]:
             change(model, twin)
 
     return apply
+
+
+def nothing(model: Any, twin: Any) -> None:
+    """The models are the same; what differs is how they are trained."""
+
+
+def sgd(**settings: Any) -> Callable[[list], Any]:
+    return lambda parameters: torch.optim.SGD(parameters, lr=1e-2, momentum=0.9, **settings)
+
+
+def adam() -> Callable[[list], Any]:
+    return lambda parameters: torch.optim.Adam(parameters, lr=1e-3)
+
+
+def adamw() -> Callable[[list], Any]:
+    return lambda parameters: torch.optim.AdamW(parameters, lr=1e-3)
 
 
 def biased(model: Any, twin: Any) -> None:
@@ -291,7 +310,7 @@ MUTATIONS = [
             ),
         ),
         "norm (input)",
-        "bilinear",
+        "",
     ),
     Mutation(
         "shuffle with groups and channels exchanged",
@@ -302,7 +321,7 @@ MUTATIONS = [
     ),
     Mutation("no shuffle", "neck", put("mix", lambda y: y), "up (input)", "channels"),
     Mutation("another gate", "neck", put("squash", jax.nn.hard_sigmoid), "up (input)", ""),
-    Mutation("a relu for a silu", "neck", put("act", jax.nn.relu), "gate (input)", ""),
+    Mutation("a relu for a silu", "neck", put("act", jax.nn.relu), "gate (input)", "silu"),
     Mutation(
         "queries, keys and values in another order",
         "mixer",
@@ -332,5 +351,46 @@ MUTATIONS = [
         put("residual", lambda x, y: x + 2 * y - jax.lax.stop_gradient(y)),
         "proj.bias",
         "2 ×",
+    ),
+    # training
+    Mutation(
+        "Nesterov missing",
+        "backbone",
+        nothing,
+        "losses",
+        "esterov",
+        {"steps": 3, "optimizer": (sgd(nesterov=True), optax.sgd(1e-2, momentum=0.9))},
+    ),
+    Mutation(
+        "another eps of Adam",
+        "backbone",
+        nothing,
+        "losses",
+        "eps",
+        {"steps": 3, "optimizer": (adam(), optax.adam(1e-3, eps=1e-6))},
+    ),
+    Mutation(
+        "optax's weight decay",
+        "mixer",
+        nothing,
+        "losses",
+        "weight decay",
+        {"steps": 3, "optimizer": (adamw(), optax.adamw(1e-3))},
+    ),
+    Mutation(
+        "gradients not clipped",
+        "mixer",
+        nothing,
+        "norm1.weight.momentum_buffer",
+        "clip",
+        {"steps": 3, "optimizer": Recipe(sgd(), optax.sgd(1e-2, momentum=0.9), clip=1e-3)},
+    ),
+    Mutation(
+        "momentum of a norm, in training",
+        "backbone",
+        put("norm2.momentum", 0.01),
+        "norm2.running_mean",
+        "momentum 0.01",
+        {"train": True, "steps": 2},
     ),
 ]
