@@ -17,13 +17,6 @@ from gam_flax.parity.nnx_side import pure_nnx
 from gam_flax.parity.pure import Pure, is_float
 from gam_flax.parity.trace import Calls, Fed, Trace, cotangent, tensors, wide
 
-# Compiling is most of what a comparison costs, and LLVM's expensive passes are most of that. In
-# float64 only: without them sums run one by one, 20 times as far off in float32 as torch's.
-_QUICK_COMPILE = {
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-}
-
 _INPUT = ""
 """The input's name among the arrays that are differentiated; no parameter's path is empty."""
 
@@ -75,8 +68,8 @@ class Program:
     ):
         self._dtype = dtype
         self._model = model
-        self._run = compiled(partial(_forward_and_back, model.apply, gradients, loss), dtype)
-        self._run_fed = compiled(partial(_forward_fed, model.apply), dtype)
+        self._run = jax.jit(partial(_forward_and_back, model.apply, gradients, loss))
+        self._run_fed = jax.jit(partial(_forward_fed, model.apply))
 
     def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Trace:
         """One run.
@@ -122,12 +115,6 @@ def switches(dtype: str) -> Iterator[None]:
     """jax's own settings while a model runs in `dtype`."""
     with jax.enable_x64(dtype == "float64"), jax.default_matmul_precision("highest"):
         yield
-
-
-def compiled(function: Callable[..., Any], dtype: str) -> Callable[..., Any]:
-    """`function` under jit; for float64 compiled in little time rather than to run in little."""
-    quick = _QUICK_COMPILE if jax.default_backend() == "cpu" and dtype == "float64" else None
-    return jax.jit(function, compiler_options=quick)
 
 
 def _forward_and_back(

@@ -13,7 +13,7 @@ import numpy as np
 from gam_flax.convert import leaves
 from gam_flax.convert.errors import CheckpointError
 from gam_flax.convert.optax_state import Parameters, counters, moments
-from gam_flax.parity.flax_side import cast, compiled, switches
+from gam_flax.parity.flax_side import cast, switches
 from gam_flax.parity.optimizers import Optimizer, recipe
 from gam_flax.parity.pure import Pure, is_float
 from gam_flax.parity.trace import Calls, cotangent, tensors, wide
@@ -56,12 +56,10 @@ class TrainingProgram:
         self._fixed = {partners[key] for key in fixed if key in partners}
         still = {partners[key] for key in frozen if key in partners}
         optax = recipe(optimizer).optax
-        self._init = compiled(optax.init, dtype)
-        self._update = compiled(partial(_update, optax), dtype)
-        self._gradients = compiled(
-            partial(_gradients, model.apply, still, loss or _mean_square), dtype
-        )
-        self._evaluate = compiled(partial(_outputs, evaluation.apply), dtype)
+        self._init = jax.jit(optax.init)
+        self._update = jax.jit(partial(_update, optax))
+        self._gradients = jax.jit(partial(_gradients, model.apply, still, loss or _mean_square))
+        self._evaluate = jax.jit(partial(_outputs, evaluation.apply))
 
     def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Training:
         """One training.

@@ -233,7 +233,7 @@ FAULTS = [
     ("resnet18", _eps, "layer2.0.bn1"),
     ("resnet18", _stride_in_the_shortcut, "layer3.0.downsample.0"),
     ("resnet18", _one_channel, "layer1.1.conv2"),
-    ("resnet18", _stem_pools_otherwise, "layer1.0.conv1"),
+    pytest.param("resnet18", _stem_pools_otherwise, "layer1.0.conv1", marks=SLOW),
     pytest.param("resnet50", _stride_in_the_first_convolution, "layer2.0.conv1", marks=SLOW),
 ]
 
@@ -243,5 +243,5 @@ def test_a_fault_is_seen_where_it_is(name, fault, where):
     theirs = deepcopy(judge(name))
     ours = as_flax(theirs, name)
     fault(theirs)
-    report = compare(theirs, ours, pictures(64), gradients=False)
+    report = compare(theirs, ours, pictures(32), gradients=False)
     assert next(row.path for row in report.rows if row.stage == "forward" and not row.ok) == where

@@ -57,16 +57,10 @@ QUICK = [
     ("mobilenet", "grouped", (2, 1), True),
 ]
 assert set(QUICK) <= set(ALL)
-WRONG_IN_XLA = pytest.mark.xfail(
-    strict=False,
-    reason="XLA at optimization level 0 or 1, as `compare` asks for on a CPU, computes CBAM's "
-    "feature map twice with different roundings, and max's gradient does not find the maximum",
-)
 
 
 def marks(combination: tuple) -> list[Any]:
-    slow = [] if combination in QUICK else [pytest.mark.slow]
-    return slow + [WRONG_IN_XLA] * (combination[1] == "cbam")
+    return [] if combination in QUICK else [pytest.mark.slow]
 
 
 PRODUCT = [pytest.param(*combination, marks=marks(combination)) for combination in ALL]
