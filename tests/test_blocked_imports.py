@@ -57,7 +57,8 @@ from safetensors.numpy import save_file
 def build(seed):
     return gam_flax.create_model(
         "resnet8", layers=(1, 1), widths=(4, 8), attention="gam", num_classes=3,
-        attention_options={"variant": "reference", "ratio": 2, "kernel_size": 3}, rngs=nnx.Rngs(seed),
+        attention_options={"variant": "reference", "ratio": 2, "kernel_size": 3},
+        rngs=nnx.Rngs(seed),
     )
 
 def answer(model):

@@ -39,7 +39,7 @@ _PANELS = (
     (("evaluation",), "evaluation after training"),
 )
 _UNDER_THE_RULE = {"forward", "output", "loss", "single-step", "input gradient", "gradients"}
-_UNDER_THE_RULE |= {"running statistics"}
+_UNDER_THE_RULE |= {"running statistics", "optimizer state", "training", "evaluation"}
 """Stages whose limit is the one that `judge.Judge` documents."""
 
 
