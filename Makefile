@@ -12,10 +12,10 @@ demo: $(VENV)/.demo
 	$(BIN)/gam-flax demo --force
 
 test: $(VENV)/.test
-	$(BIN)/pytest -n 2 -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m "not slow"
 
 test-all: $(VENV)/.test
-	$(BIN)/pytest -n 2
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

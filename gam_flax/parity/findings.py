@@ -12,7 +12,7 @@ from gam_flax.parity import judge
 from gam_flax.parity.align import Layout, Layouts, Names
 from gam_flax.parity.causes import INPUT
 from gam_flax.parity.report import STAGES, Row, Unmatched
-from gam_flax.parity.trace import Place, Trace, channels_last, wide
+from gam_flax.parity.trace import Place, Trace, channels_last, cotangent, wide
 from gam_flax.parity.training import Training, laid
 
 # Stages whose tensors are of one kind: one of them is noise beside the largest of its group.
@@ -54,6 +54,7 @@ class Findings:
         self.partners: dict[str, str] = {}  # torch key → Flax path of a parameter or buffer
         self.names = names
         self._judge = ruler
+        self._terms = 0.0  # the loss is a sum of terms that cancel; this is without their signs
         self.layouts = Layouts(layout)
         self.tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
@@ -85,13 +86,8 @@ class Findings:
             variance = self._found.get((stage, path.removesuffix("mean") + "var"))
             if isinstance(variance, tuple):
                 scale = max(scale, math.sqrt(variance[1].oracle))
-        if stage == "loss":  # a sum of outputs that cancel
-            outputs = [
-                f[1].oracle
-                for (of, _), f in self._found.items()
-                if of == "output" and not isinstance(f, Row)
-            ]
-            scale = max([scale, *outputs])
+        if stage == "loss":
+            scale = max(scale, self._terms)
         if stage == "single-step":  # one layer is allowed what torch needs for all up to it
             free = self._found.get(("forward", path.removesuffix(INPUT)))
             if isinstance(free, tuple):
@@ -218,6 +214,8 @@ class Findings:
 
     def gradients(self, own: Trace, flax: Trace, oracle: Trace) -> None:
         """The loss; its gradients by the input, where that is a number, and by the parameters."""
+        terms = (y * cotangent(part, y.shape) for part, y in oracle.outputs.items())
+        self._terms = float(sum(np.abs(term).sum() for term in terms))
         if own.loss is not None and flax.loss is not None and oracle.loss is not None:
             self._measure("loss", "", own.loss, flax.loss, oracle.loss)
         torch, partner, truth = own.input_gradient, flax.input_gradient, oracle.input_gradient

@@ -214,6 +214,7 @@ class ParityReport:
             lines += [f"  likely cause: {cause}" for cause in first.causes]
         if self.unmatched:
             lines.append(f"  without a partner: {', '.join(map(str, self.unmatched))}")
+        lines += [f"  note: {note}" for note in self.configuration.get("notes", ())]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
@@ -248,6 +249,8 @@ class ParityReport:
                     branch.add(Text(f"likely cause: {cause}", style="bold"))
         if self.unmatched:
             tree.add(Text(f"without a partner: {', '.join(map(str, self.unmatched))}"))
+        for note in self.configuration.get("notes", ()):
+            tree.add(Text(f"note: {note}"))
         return tree
 
     def _stages(self) -> Iterator[str]:

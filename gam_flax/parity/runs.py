@@ -20,7 +20,7 @@ from gam_flax.parity.configuration import check_configuration, comparison_settin
 from gam_flax.parity.findings import Findings
 from gam_flax.parity.optimizers import Optimizer
 from gam_flax.parity.progress import Tell
-from gam_flax.parity.report import STAGES, ParityReport
+from gam_flax.parity.report import STAGES, ParityReport, Row
 from gam_flax.parity.trace import Trace
 from gam_flax.parity.training import Training, train_torch, untrained
 from gam_flax.parity.training_causes import explain_training
@@ -255,7 +255,7 @@ def _explained(
     """With the causes of the first divergence, and of the first single steps that diverge."""
     first = report.first_divergence
     chosen = [row for row in report.rows if row.stage == "single-step" and not row.ok][:_EXPLAINED]
-    causes = {id(row): explain(row, evidence) for row in (first, *chosen) if row is not None}
+    causes = {id(row): _try_explain(row, evidence) for row in (first, *chosen) if row is not None}
     if first is not None and first.stage in _TRAINING and trainings is not None:
         causes[id(first)] = explain_training(
             question.torch_model,
@@ -269,6 +269,15 @@ def _explained(
         )
     rows = (replace(row, causes=causes.get(id(row), ())) for row in report.rows)
     return replace(report, rows=tuple(rows))
+
+
+def _try_explain(row: Row, evidence: Evidence) -> tuple[str, ...]:
+    """`explain`. It runs layers of the user's in ways they were not made for, and must not cost
+    the report."""
+    try:
+        return explain(row, evidence)
+    except Exception:
+        return ()
 
 
 def _with_causes_of(report: ParityReport, exact: ParityReport) -> ParityReport:

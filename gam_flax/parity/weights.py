@@ -39,7 +39,8 @@ def explain_weight(
     if laid.shape != flax.shape:
         return
     yield from _values(laid, flax)
-    yield from _channels(laid, flax)
+    if laid.ndim:
+        yield from _channels(laid, flax)
 
 
 def _of_another(

@@ -284,15 +284,15 @@ FAULTS = {
         flax_options={"padding_mode": "zeros"},
     ),
     "features not shuffled": Fault(
-        "forward",
-        "spatial_attention.conv1",
+        "single-step",
+        "spatial_attention (input)",
         options={"variant": "shuffled"},
         flax_options={"shuffle": None},
     ),
     "gate not shuffled": Fault("output", "", "gam", {"shuffle": "gate"}, {"shuffle": None}),
     "another eps": Fault("forward", "spatial_attention.norm1", flax_options={"norm_eps": 1e-3}),
     "swapped concat": Fault(
-        "forward", "spatial_attention.conv", "cbam", {}, {"concat": "mean_max"}
+        "single-step", "spatial_attention.conv (input)", "cbam", {}, {"concat": "mean_max"}
     ),
     "sum for product": Fault("output", "", "bam", {}, {"combine": "sum"}),
     "another dilation": Fault("forward", "spatial_attention.conv2", "bam", {}, {"dilation": 2}),
@@ -306,7 +306,9 @@ FAULTS = {
     "biased running variance": Fault(
         "running statistics", "spatial_attention.norm1.running_var", update=biased, train=True
     ),
-    "statistics not differentiated": Fault("input gradient", "", update=detached, train=True),
+    "statistics not differentiated": Fault(
+        "gradients", "spatial_attention.conv2.bias", update=detached, train=True
+    ),
 }
 
 
@@ -331,4 +333,5 @@ def test_a_wrong_block_is_caught_at_the_right_place(monkeypatch, kind, fault):
     )
     first = report.first_divergence
     assert not report.ok and first is not None
-    assert (first.stage, first.path, first.verdict) == (fault.stage, fault.path, fault.verdict)
+    found = first.stage, first.path, first.verdict
+    assert found == (fault.stage, fault.path, fault.verdict), str(found)

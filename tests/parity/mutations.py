@@ -317,9 +317,9 @@ MUTATIONS = [
         "neck",
         put("mix", lambda y: channel_shuffle(y, 4)),
         "up (input)",
-        "channels",
+        "",
     ),
-    Mutation("no shuffle", "neck", put("mix", lambda y: y), "up (input)", "channels"),
+    Mutation("no shuffle", "neck", put("mix", lambda y: y), "up (input)", ""),
     Mutation("another gate", "neck", put("squash", jax.nn.hard_sigmoid), "up (input)", ""),
     Mutation("a relu for a silu", "neck", put("act", jax.nn.relu), "gate (input)", "silu"),
     Mutation(

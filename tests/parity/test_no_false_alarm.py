@@ -8,7 +8,7 @@ from gam_flax.parity import compare
 from tests.parity.random_networks import draw_plan, honest_twins
 
 COUNT = 200
-IN_CI = 12
+IN_CI = 6
 """The others are slow: 200 networks in three dtypes take half an hour of one core."""
 
 SEEDS = [
