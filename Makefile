@@ -1,6 +1,6 @@
 # make demo   install what the demo needs, port the shipped checkpoint, compare, draw
 # make test   install what the tests need and run all but the slow ones
-# make bench  the same, and measure what benchmarks/ measures: half an hour of a quiet machine
+# make bench  the same, and measure what benchmarks/ measures: some minutes of a quiet machine
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
