@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from gam_flax.convert import leaves
+
 
 def nnx_variables(model: Any) -> dict[str, Any]:
     """Dotted path → variable, of everything that a checkpoint holds: no random state, no
@@ -25,6 +27,18 @@ def nnx_modules(model: Any) -> dict[str, Any]:
     return {dotted(model, path): module for path, module in nnx.iter_modules(model)}
 
 
+def turned_kernels(model: Any) -> frozenset[str]:
+    """The paths of the kernels that `leaves` calls turned: those of transposed convolutions as
+    Flax builds them by default."""
+    from flax import nnx
+
+    return frozenset(
+        leaves.join(path, "kernel")
+        for path, module in nnx_modules(model).items()
+        if isinstance(module, nnx.ConvTranspose) and not module.transpose_kernel
+    )
+
+
 def linen_leaves(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
     """(collection, path, …, leaf) → array, of Linen variables."""
     import jax
@@ -36,8 +50,8 @@ def linen_leaves(variables: Mapping[str, Any]) -> dict[tuple[str, ...], Any]:
 def arrays(model_or_variables: Any) -> dict[str, np.ndarray]:
     """Dotted path → value, of an NNX module or Linen variables, without the collection."""
     if isinstance(model_or_variables, Mapping):
-        leaves = linen_leaves(model_or_variables).items()
-        return {".".join(path[1:]): np.asarray(leaf) for path, leaf in leaves}
+        flat = linen_leaves(model_or_variables).items()
+        return {".".join(path[1:]): np.asarray(leaf) for path, leaf in flat}
     variables = nnx_variables(model_or_variables).items()
     return {path: np.asarray(variable[...]) for path, variable in variables}
 

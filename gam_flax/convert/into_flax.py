@@ -8,7 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gam_flax.convert.errors import CheckpointError
-from gam_flax.convert.flax_paths import linen_leaves, nnx_modules, nnx_variables
+from gam_flax.convert.flax_paths import (
+    linen_leaves,
+    nnx_modules,
+    nnx_variables,
+    turned_kernels,
+)
 from gam_flax.convert.match import COUNTER, Leaf, Wanted, match
 from gam_flax.convert.rename import Rename
 from gam_flax.convert.report import ConversionReport
@@ -17,6 +22,7 @@ from gam_flax.convert.source import told_by_attributes
 if TYPE_CHECKING:
     from flax import nnx
 
+_TRANSPOSED = ("ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 _NOTHING_TO_KEEP = "keep: the model holds shapes alone, it has no initialisation"
 
 
@@ -65,7 +71,10 @@ def load_torch(
             unexpected or of another shape, at once.
     """
     modules, variables = nnx_modules(model), nnx_variables(model)
-    places = [Leaf(path, v.shape, np.dtype(v.dtype)) for path, v in variables.items()]
+    turned = turned_kernels(model)
+    places = [
+        Leaf(path, v.shape, np.dtype(v.dtype), path in turned) for path, v in variables.items()
+    ]
     attributes = {
         path: told for path, module in modules.items() if (told := told_by_attributes(module))
     }
@@ -100,7 +109,9 @@ def load_torch_linen(
 
     Variables do not say which variant their module is, nor its eps: `variant` is wanted for every
     ambiguous block, and the report's notes name the eps and momentum that the module must be
-    given where the source tells them and they are not torch's defaults.
+    given where the source tells them and they are not torch's defaults. Nor do they say how a
+    `linen.ConvTranspose` takes its kernel: it is laid out for transpose_kernel=True, which is not
+    Linen's default.
 
     Args:
         variables: {"params": …, "batch_stats": …} as `module.init` gives them, or shapes alone
@@ -122,6 +133,10 @@ def load_torch_linen(
             report.notes.append(
                 f"{path}: build the module with eps {told['eps']} and momentum {told['momentum']}"
             )
+    report.notes += [
+        f"{path}: build the module with transpose_kernel=True, for which its kernel is laid out"
+        for path in _transposed(source)
+    ]
     filled: dict[str, Any] = {}
     for path, leaf in flat.items():
         node = filled
@@ -132,6 +147,12 @@ def load_torch_linen(
             value = np.zeros(leaf.shape, leaf.dtype)
         node[path[-1]] = leaf if value is None else jnp.array(value)
     return filled, report
+
+
+def _transposed(source: Any) -> list[str]:
+    """The transposed convolutions of a torch module; nothing else tells of any."""
+    modules = source.named_modules() if hasattr(source, "named_modules") else ()
+    return [path for path, module in modules if type(module).__name__ in _TRANSPOSED]
 
 
 def _assign(variable: Any, value: np.ndarray) -> None:

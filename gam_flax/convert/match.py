@@ -33,11 +33,12 @@ COUNTER = "num_batches_tracked"
 
 @dataclass(frozen=True)
 class Leaf:
-    """A place in a Flax model: its path, shape and dtype."""
+    """A place in a Flax model: its path, shape and dtype, and whether `leaves` calls it turned."""
 
     path: str
     shape: tuple[int, ...]
     dtype: np.dtype
+    turned: bool = False
 
 
 @dataclass(frozen=True)
@@ -179,9 +180,9 @@ def _take(
     """Lays one tensor out as its place wants it and writes the outcome into the report."""
     if array.ndim == 4 and len(place.shape) == 2 and array.shape[2:] == (1, 1):
         array = array[:, :, 0, 0]  # a linear layer stored as a 1×1 convolution
-    value = leaves.to_flax_layout(place.path, array)
+    value = leaves.to_flax_layout(place.path, array, turned=place.turned)
     if value.shape != place.shape:
-        wanted = leaves.torch_shape(place.path, place.shape)
+        wanted = leaves.torch_shape(place.path, place.shape, turned=place.turned)
         report.mismatched[key] = (array.shape, wanted)
         return
     if not np.isfinite(value).all():

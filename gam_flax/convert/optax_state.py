@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from gam_flax.convert import leaves
 from gam_flax.convert.errors import CheckpointError, shorten
-from gam_flax.convert.flax_paths import dotted, nnx_variables
+from gam_flax.convert.flax_paths import dotted, nnx_variables, turned_kernels
 from gam_flax.convert.torch_optimizer import STEP
 
 _INNER, _KEPT = "(inner)", "(kept)"
@@ -63,14 +63,17 @@ class Parameters:
     """The names of a model's parameters.
 
     paths: torch's name → Flax path.
+    turned: the Flax paths of the kernels that `leaves` calls so; a tree alone does not tell them.
     """
 
     def __init__(self, params: Any):
         from flax import nnx
 
         self._model = params if isinstance(params, nnx.Module) else None
+        self.turned: frozenset[str] = frozenset()
         if self._model is not None:
             paths: Iterable[str] = nnx_variables(params)
+            self.turned = turned_kernels(self._model)
         else:
             if isinstance(params, Mapping) and isinstance(params.get("params"), Mapping):
                 params = params["params"]  # Linen variables, of which optax sees this part

@@ -89,7 +89,7 @@ def load_torch_optimizer(
     places = list(moments(state, known))
     _check(theirs, places, known)
     values = {
-        (place.path, place.key): _value(place, theirs[leaves.torch_name(place.path)])
+        (place.path, place.key): _value(place, theirs[leaves.torch_name(place.path)], known)
         for place in places
     }
     new = filled(
@@ -159,7 +159,8 @@ def to_torch_optimizer(
         if theirs[name].steps is not None and STEP not in entry:
             steps = _steps_taken(name, found, state, step)
             entry[STEP] = torch.tensor(float(steps), dtype=dtype)
-        array = leaves.to_torch_layout(found.path, np.asarray(found.leaf))
+        turned = found.path in known.turned
+        array = leaves.to_torch_layout(found.path, np.asarray(found.leaf), turned=turned)
         entry[found.key] = to_torch_tensor(array)
     groups = [dict(group) for group in state_dict_of(like)["param_groups"]]
     return {"state": dict(sorted(entries.items())), "param_groups": groups}
@@ -178,7 +179,8 @@ def _check(theirs: Mapping[str, TorchParameter], ours: list[Moment], known: Para
     places: dict[str, set[str]] = {name: set() for name in theirs}
     for found in ours:
         name = leaves.torch_name(found.path)
-        wanted = leaves.torch_shape(found.path, tuple(found.leaf.shape))
+        turned = found.path in known.turned
+        wanted = leaves.torch_shape(found.path, tuple(found.leaf.shape), turned=turned)
         if name not in known.paths:
             problems.append(f"{shorten(name)} is in the optax state, not among the parameters")
         elif name not in theirs:
@@ -216,19 +218,20 @@ def _differences(name: str, kept: frozenset[str], places: set[str]) -> list[str]
 # Numbers
 
 
-def _value(place: Moment, parameter: TorchParameter) -> np.ndarray:
+def _value(place: Moment, parameter: TorchParameter, known: Parameters) -> np.ndarray:
     """What torch keeps for `place`, in Flax's layout; zeros before the first step."""
     wanted = tuple(place.leaf.shape)
     if place.key not in parameter.moments:
         return np.zeros(wanted, place.leaf.dtype)
     name = f"{leaves.torch_name(place.path)} {place.key}"
     array = to_numpy(parameter.moments[place.key], name)
-    if array.shape != leaves.torch_shape(place.path, wanted):
+    turned = place.path in known.turned
+    expected = leaves.torch_shape(place.path, wanted, turned=turned)
+    if array.shape != expected:
         raise CheckpointError(
-            f"{shorten(name)} of the torch state is {array.shape}, expected "
-            f"{leaves.torch_shape(place.path, wanted)}"
+            f"{shorten(name)} of the torch state is {array.shape}, expected {expected}"
         )
-    return leaves.to_flax_layout(place.path, array)
+    return leaves.to_flax_layout(place.path, array, turned=turned)
 
 
 def _one_count(paths: list[str], theirs: Mapping[str, TorchParameter], step: int | None) -> int:

@@ -118,7 +118,8 @@ def _metadata(
     checkpoint: Checkpoint, blocks: list[Block], variants: Mapping[str, str]
 ) -> dict[str, str]:
     """What the weights cannot say; what the source's own metadata said stays."""
-    metadata = {key: value for key, value in checkpoint.metadata.items() if key != "format"}
+    of_the_file = ("format", "turned")  # what is written is laid out by the leaf table alone
+    metadata = {k: value for k, value in checkpoint.metadata.items() if k not in of_the_file}
     said = {b.prefix: dict(b.behaviour(variants[b.prefix])) for b in blocks}
     metadata["behaviour"] = json.dumps(said)
     names = renames(blocks)

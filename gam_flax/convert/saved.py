@@ -14,7 +14,7 @@ from gam_flax.convert import leaves
 from gam_flax.convert.checkpoint import read_checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import write_safetensors
-from gam_flax.convert.flax_paths import arrays, nnx_modules
+from gam_flax.convert.flax_paths import arrays, nnx_modules, turned_kernels
 from gam_flax.convert.into_flax import load_torch
 from gam_flax.convert.source import told_by_attributes
 
@@ -49,10 +49,14 @@ def to_torch(model_or_variables: Any) -> dict[str, np.ndarray]:
     int64.
 
     Args:
-        model_or_variables: an NNX module or Linen variables.
+        model_or_variables: an NNX module or Linen variables, whose transposed convolutions are
+            taken to have transpose_kernel=True.
     """
+    turned = frozenset()
+    if not isinstance(model_or_variables, Mapping):
+        turned = turned_kernels(model_or_variables)
     tensors = {
-        leaves.torch_name(path): leaves.to_torch_layout(path, array)
+        leaves.torch_name(path): leaves.to_torch_layout(path, array, turned=path in turned)
         for path, array in arrays(model_or_variables).items()
     }
     return {key: np.array(_as_torch_has_it(key, tensors), order="C") for key in tensors}
@@ -72,19 +76,29 @@ def _as_torch_has_it(key: str, tensors: Mapping[str, np.ndarray]) -> np.ndarray:
     return array
 
 
-def save(model: nnx.Module, path: str | os.PathLike, *, force: bool = False) -> None:
+def save(
+    model: nnx.Module,
+    path: str | os.PathLike,
+    *,
+    force: bool = False,
+    about: Mapping[str, str] | None = None,
+) -> None:
     """Writes a safetensors file with Flax paths; `load` builds the same model from it.
 
     The metadata hold the constructor and its arguments where the model is one of this package's,
     what no weight shows of each attention block in it, and the norms' eps. A file is written
     whole or not at all.
 
+    Args:
+        about: what else the metadata are to hold, such as the mean and deviation that the
+            pictures were brought to.
+
     Raises:
         CheckpointError: `path` exists and `force` is not given, or it cannot be written.
     """
     from gam_flax.ops.batch_norm import BatchNorm
 
-    metadata = {"format": "flax", **constructor(model)}
+    metadata = {**(about or {}), "format": "flax", **constructor(model)}
     said = {
         where: told[1]
         for where, module in nnx_modules(model).items()
@@ -98,6 +112,8 @@ def save(model: nnx.Module, path: str | os.PathLike, *, force: bool = False) -> 
             if isinstance(module, BatchNorm)
         }
     )
+    if turned := turned_kernels(model):
+        metadata["turned"] = json.dumps(sorted(turned))
     write_safetensors(path, arrays(model), metadata, force=force)
 
 

@@ -31,8 +31,9 @@ def open_source(source: Any) -> Checkpoint:
     if "norms" in checkpoint.metadata and not checkpoint.norms:
         checkpoint = replace(checkpoint, norms=_norms_of_metadata(checkpoint))
     if checkpoint.layout == "flax":
+        turned = _turned(checkpoint)
         tensors = {
-            leaves.torch_name(name): leaves.to_torch_layout(name, array)
+            leaves.torch_name(name): leaves.to_torch_layout(name, array, turned=name in turned)
             for name, array in checkpoint.tensors.items()
         }
         return replace(checkpoint, tensors=tensors, layout="torch")
@@ -91,6 +92,17 @@ def _norms_of_metadata(checkpoint: Checkpoint) -> dict[str, dict[str, float | No
         if not all(value is None or isinstance(value, float | int) for value in numbers):
             raise CheckpointError(f"{checkpoint.path}: its metadata entry 'norms' is broken")
     return norms
+
+
+def _turned(checkpoint: Checkpoint) -> list[str]:
+    """The kernels that `save` kept as a transposed convolution has them."""
+    try:
+        names = json.loads(checkpoint.metadata.get("turned", "[]"))
+    except (json.JSONDecodeError, RecursionError):
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise CheckpointError(f"{checkpoint.path}: its metadata entry 'turned' is not a list")
+    return names
 
 
 def _table(checkpoint: Checkpoint, entry: str) -> dict[str, Any]:

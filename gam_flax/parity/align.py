@@ -11,7 +11,7 @@ import numpy as np
 from gam_flax.convert import leaves
 from gam_flax.convert.rename import Rename, renamed
 from gam_flax.parity.judge import gap
-from gam_flax.parity.trace import Place, channels_last
+from gam_flax.parity.trace import Place, channels_last, sequence_last
 
 
 class Names:
@@ -59,10 +59,12 @@ class Layouts:
     Args:
         own: the user's word: key of a parameter, path of a layer for its output, or path with
             " (input)" → layout.
+        turned: the Flax paths of the kernels that `leaves` calls so.
     """
 
-    def __init__(self, own: Mapping[str, Layout]):
+    def __init__(self, own: Mapping[str, Layout], turned: Container[str] = ()):
         self._own = own
+        self.turned = turned
         self._flattened: dict[str, np.ndarray] = {}
 
     def parameter(
@@ -75,11 +77,15 @@ class Layouts:
         if key in self._own:
             laid = self._own[key](array)
             return laid if laid.shape == shape else None
-        array = leaves.to_flax_layout(name, array)
+        array = self.leaf(name, array)
         if _long(array.shape) != _long(shape):
             return None
         array = array.reshape(shape)
         return array[self._flattened[name]] if name in self._flattened else array
+
+    def leaf(self, name: str, array: np.ndarray) -> np.ndarray:
+        """A torch parameter as the table of leaves lays it out for the Flax leaf `name`."""
+        return leaves.to_flax_layout(name, array, turned=name in self.turned)
 
     def learn_flattening(
         self,
@@ -96,9 +102,9 @@ class Layouts:
     def activation(self, path: str, torch: np.ndarray, flax: np.ndarray | None) -> Layout | None:
         """How a torch activation becomes Flax's: channels moved last, or as it is.
 
-        torch itself holds pictures channels last around a Linear or a LayerNorm. The shape tells,
-        and where it leaves several, the smallest difference. Axes of length one do not count.
-        None: no way.
+        torch itself holds pictures channels last around a Linear or a LayerNorm, and sequences
+        channels first around a 1-D convolution. The shape tells, and where it leaves several, the
+        smallest difference. Axes of length one do not count. None: no way.
         """
         if path in self._own:
             return self._own[path]
@@ -109,10 +115,10 @@ class Layouts:
         def reshaped(move: Layout) -> Layout:
             return lambda array: move(array).reshape(shape)
 
-        moves = [channels_last, np.asarray]
+        moves = [np.asarray, sequence_last] if torch.ndim == 3 else [channels_last, np.asarray]
         fitting = [m for m in moves if m(torch).shape == shape]
         fitting = fitting or [m for m in moves if _long(m(torch).shape) == _long(shape)]
-        layouts = [reshaped(move) for move in (fitting if torch.ndim >= 4 else fitting[:1])]
+        layouts = [reshaped(move) for move in (fitting if torch.ndim >= 3 else fitting[:1])]
         if fitting and torch.ndim == 2:
             orders = [o for o in self._flattened.values() if len(o) == torch.shape[1]]
             layouts += [partial(_reordered, order) for order in orders[:1]]

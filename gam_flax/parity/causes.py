@@ -15,7 +15,7 @@ from gam_flax.parity.align import Layouts, Names, flattenings
 from gam_flax.parity.experiments import experiments
 from gam_flax.parity.glue import explain_glue, lay_safely, near, relations
 from gam_flax.parity.report import Row
-from gam_flax.parity.trace import Place, Trace, channels_last
+from gam_flax.parity.trace import Place, Trace, channels_last, sequence_last
 from gam_flax.parity.weights import explain_weight
 
 _MOST = 3  # causes of one row
@@ -76,7 +76,9 @@ def _parameter(row: Row, evidence: Evidence) -> Iterator[str]:
         return
     if row.path in evidence.weights:
         pictures = _pictures(evidence)
-        yield from explain_weight(row.path, evidence.weights, evidence.partners, pictures)
+        yield from explain_weight(
+            row.path, evidence.weights, evidence.partners, evidence.layouts, pictures
+        )
 
 
 def _activation(row: Row, evidence: Evidence) -> Iterator[str]:
@@ -229,6 +231,8 @@ def _like(flax: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
 
     def lay(array: np.ndarray) -> np.ndarray:
         moved = channels_last(array)
+        if array.ndim == 3 and array.shape != flax.shape == sequence_last(array).shape:
+            moved = sequence_last(array)
         fits = moved.size == flax.size and moved.shape != flax.shape
         squeezed = [n for n in moved.shape if n != 1] == [n for n in flax.shape if n != 1]
         return moved.reshape(flax.shape) if fits and squeezed else moved

@@ -210,13 +210,54 @@ def _transposed_convolution(layer: Any, x: torch.Tensor, flax: Any) -> Iterator[
         yield "input and output channels of the kernel are exchanged", exchanged, x
         both = _with(exchanged, "weight", lambda w: w.flip(space))
         yield "the kernel is flipped, its input and output channels exchanged", both, x
+    for name, same in (("'SAME'", True), ("'VALID'", False)):
+        padded = [
+            _transposed_padding(k, s, d, same=same)
+            for k, s, d in zip(layer.kernel_size, layer.stride, layer.dilation, strict=True)
+        ]
+        yield f"padding {name}", partial(_cropped, layer, padded), x
+    literal = [(p, p) for p in layer.padding]
+    what = "padding counted as Flax counts it: torch's p is dilation · (kernel − 1) − p there"
+    yield what, partial(_cropped, layer, literal), x
     for padding in range(max(layer.kernel_size)):
         if any(p != padding for p in layer.padding):
             yield f"padding {padding}", _changed(layer, padding=(padding,) * len(space)), x
+    for stride in (1, 2):
+        if any(s != stride for s in layer.stride):
+            yield f"stride {stride}", _changed(layer, stride=(stride,) * len(space)), x
+    if any(d != 1 for d in layer.dilation):
+        yield "dilation 1", _changed(layer, dilation=(1,) * len(space)), x
     for extra in range(max(layer.stride)):
         if any(p != extra for p in layer.output_padding):
             other = _changed(layer, output_padding=(extra,) * len(space))
             yield f"output padding {extra}", other, x
+
+
+def _transposed_padding(size: int, stride: int, dilation: int, *, same: bool) -> tuple[int, int]:
+    """What `jax.lax.conv_transpose` adds before and after one axis of the dilated input, for
+    'SAME' or for 'VALID'."""
+    k = (size - 1) * dilation + 1
+    if same:
+        total = k + stride - 2
+        before = k - 1 if stride > k - 1 else -(-total // 2)
+    else:
+        total = k + stride - 2 + max(k - stride, 0)
+        before = k - 1
+    return before, total - before
+
+
+def _cropped(layer: Any, padded: list[tuple[int, int]], x: Any) -> Any:
+    """The layer with Flax's `padded` zeros on each side of its input, made of the whole outcome."""
+    import torch
+
+    none = (0,) * len(layer.kernel_size)
+    whole = _changed(layer, padding=none, output_padding=none, bias=None)(x)
+    sides: list[int] = []
+    reaches = ((k - 1) * d for k, d in zip(layer.kernel_size, layer.dilation, strict=True))
+    for (before, after), reach in zip(padded, reaches, strict=True):
+        sides = [before - reach, after - reach, *sides]
+    y = torch.nn.functional.pad(whole, sides)
+    return y if layer.bias is None else y + layer.bias.reshape(-1, *(1,) * len(none))
 
 
 def _linear(layer: Any, x: torch.Tensor, flax: Any) -> Iterator[Experiment]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 
 from gam_flax.parity import judge
-from gam_flax.parity.align import Layout, Layouts, Names
+from gam_flax.parity.align import Layouts, Names
 from gam_flax.parity.causes import INPUT
 from gam_flax.parity.report import STAGES, Row, Unmatched
 from gam_flax.parity.trace import Place, Trace, channels_last, cotangent, wide
@@ -49,13 +49,13 @@ def _group(stage: str, path: str) -> str:
 class Findings:
     """Gathers what is found, stage by stage; the runs on several inputs count as one."""
 
-    def __init__(self, names: Names, ruler: judge.Judge, layout: Mapping[str, Layout]):
+    def __init__(self, names: Names, ruler: judge.Judge, layouts: Layouts):
         self.unmatched: list[Unmatched] = []
         self.partners: dict[str, str] = {}  # torch key → Flax path of a parameter or buffer
         self.names = names
         self._judge = ruler
         self._terms = 0.0  # the loss is a sum of terms that cancel; this is without their signs
-        self.layouts = Layouts(layout)
+        self.layouts = layouts
         self.tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
 

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen, nnx
 
-from gam_flax.parity.linen_side import pure_linen
+from gam_flax.convert import flax_paths
+from gam_flax.parity.linen_side import pure_linen, turned_linen_kernels
 from gam_flax.parity.nnx_side import pure_nnx
 from gam_flax.parity.pure import Pure, is_float
 from gam_flax.parity.trace import Calls, Fed, Trace, cotangent, tensors, wide
@@ -45,6 +46,16 @@ def check_kind(model: Any) -> None:
         "flax_model must be an nnx.Module or a pair (linen module, variables), "
         f"got {type(model).__name__}"
     )
+
+
+def turned_kernels(model: Any, pure: Pure, x: np.ndarray) -> frozenset[str]:
+    """The paths of the kernels that `convert.leaves` calls turned.
+
+    A Linen module tells of its layers when it is called, which is done without numbers.
+    """
+    if isinstance(model, nnx.Module):
+        return flax_paths.turned_kernels(model)
+    return turned_linen_kernels(pure, x)
 
 
 class Program:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
+import jax
 from flax import linen
 
+from gam_flax.convert import leaves
 from gam_flax.convert.flax_paths import linen_leaves
 from gam_flax.parity.pure import Pure, call_modes, is_float_type, modes, trace_level
 from gam_flax.parity.trace import Calls
@@ -69,6 +72,29 @@ def _interceptor(calls: Calls, dtype: Any) -> Callable[..., Any]:
         return calls.leave(name, output) if seen else output
 
     return intercept
+
+
+def turned_linen_kernels(pure: Pure, x: Any) -> frozenset[str]:
+    """The paths of the kernels that `convert.leaves` calls turned."""
+    found: set[str] = set()
+
+    def note(
+        call: Callable[..., Any],
+        args: tuple,
+        kwargs: dict,
+        context: linen.module.InterceptorContext,
+    ) -> Any:
+        module = context.module
+        if isinstance(module, linen.ConvTranspose) and not module.transpose_kernel:
+            found.add(leaves.join(".".join(module.path), "kernel"))
+        return call(*args, **kwargs)
+
+    def forward(parameters: dict, statistics: dict, x: Any) -> None:
+        pure.apply(parameters, statistics, x, Calls())
+
+    with linen.intercept_methods(note), suppress(Exception):  # the comparison tells of what raises
+        jax.eval_shape(forward, pure.parameters, pure.statistics, x)
+    return frozenset(found)
 
 
 def _nest(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:

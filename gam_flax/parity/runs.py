@@ -14,12 +14,13 @@ from flax import nnx
 from gam_flax.convert.flax_paths import nnx_modules
 from gam_flax.convert.rename import Rename
 from gam_flax.parity import flax_side, judge, torch_side
-from gam_flax.parity.align import Layout, Names
+from gam_flax.parity.align import Layout, Layouts, Names
 from gam_flax.parity.causes import Evidence, explain
 from gam_flax.parity.configuration import check_configuration, comparison_settings
 from gam_flax.parity.findings import Findings
 from gam_flax.parity.optimizers import Optimizer
 from gam_flax.parity.progress import Tell
+from gam_flax.parity.pure import Pure
 from gam_flax.parity.report import STAGES, ParityReport, Row
 from gam_flax.parity.trace import Trace
 from gam_flax.parity.training import Training, train_torch, untrained
@@ -78,7 +79,9 @@ def _answer(question: Question, tell: Tell) -> ParityReport:
     program = flax_side.Program(
         pure, dtype=dtype, gradients=question.gradients, loss=question.loss[1]
     )
-    found = Findings(Names(question.rename), judge.Judge(dtype, question.multiple), question.layout)
+    names = Names(question.rename)
+    layouts = Layouts(question.layout, _turned(question, names, pure))
+    found = Findings(names, judge.Judge(dtype, question.multiple), layouts)
     found.pair(torch_side.weights(model), (pure.parameters, pure.statistics))
     first: Evidence | None = None
     samples = list(_samples(question.inputs, found.partners, dtype))
@@ -103,6 +106,14 @@ def _answer(question: Question, tell: Tell) -> ParityReport:
         with _one_thread():
             return _explained(report, question, first, trainings)
     return _with_causes_of(report, _answer(replace(question, dtype="float64"), tell))
+
+
+def _turned(question: Question, names: Names, pure: Pure) -> set[str]:
+    """The kernels that are of a transposed convolution on both sides, and turned in Flax's."""
+    keys = torch_side.transposed_convolutions(question.torch_model)
+    theirs = {name for key in keys if (name := names.leaf(key, pure.parameters))}
+    x = flax_side.cast(question.inputs, question.dtype)
+    return theirs & flax_side.turned_kernels(question.flax_model, pure, x) if theirs else set()
 
 
 def _one_run(
@@ -157,7 +168,7 @@ def _agree_so_far(found: Findings) -> bool:
     return all(row.ok for row in found.rows() if row.stage in _BEFORE_TRAINING)
 
 
-def _trainings(question: Question, found: Findings, pure: Any) -> tuple[Training, Training] | None:
+def _trainings(question: Question, found: Findings, pure: Pure) -> tuple[Training, Training] | None:
     """Trains both; returns both trainings on the given input, where the dtype is float64.
 
     In float64 torch trains on neighbours too: Adam brings rounding up, and its own error tells by

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from gam_flax.convert import leaves
 from gam_flax.convert.torch_file import to_numpy
 from gam_flax.parity.trace import (
     Calls,
@@ -27,6 +28,15 @@ def weights(model: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
     parameters = {key: to_numpy(tensor, key) for key, tensor in model.named_parameters()}
     buffers = {key: to_numpy(tensor, key) for key, tensor in model.named_buffers()}
     return parameters, buffers
+
+
+def transposed_convolutions(model: Any) -> list[str]:
+    """The keys of the weights of a model's transposed convolutions."""
+    from torch import nn
+
+    kinds = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+    modules = model.named_modules()
+    return [leaves.join(path, "weight") for path, module in modules if isinstance(module, kinds)]
 
 
 def run(

@@ -168,6 +168,11 @@ def channels_last(array: np.ndarray) -> np.ndarray:
     return np.moveaxis(array, 1, -1) if array.ndim >= 4 else array
 
 
+def sequence_last(array: np.ndarray) -> np.ndarray:
+    """(B, C, L) → (B, L, C), as 1-D convolutions have it."""
+    return array.swapaxes(1, 2)
+
+
 def channels_first(array: np.ndarray) -> np.ndarray:
     """(B, *space, C) → (B, C, *space), the opposite of `channels_last`."""
     return np.moveaxis(array, -1, 1) if array.ndim >= 4 else array

@@ -8,7 +8,7 @@ from itertools import permutations
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.parity.align import flattenings
+from gam_flax.parity.align import Layouts, flattenings
 from gam_flax.parity.glue import channel_order, near
 
 _SHOWN = 4  # channels that a message names
@@ -19,6 +19,7 @@ def explain_weight(
     key: str,
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]],
     partners: Mapping[str, str],
+    layouts: Layouts,
     pictures: Iterable[tuple[int, ...]],
 ) -> Iterator[str]:
     """The causes of one weight, the likeliest first.
@@ -27,12 +28,15 @@ def explain_weight(
         key: torch's.
         weights: torch key → torch's tensor and Flax's, each in its own layout.
         partners: torch key → Flax path.
+        layouts: how torch's tensors become Flax's.
         pictures: (C, H, W) that may have been flattened before a linear layer.
     """
     torch, flax = (array.astype(np.float64) for array in weights[key])
-    laid = leaves.to_flax_layout(partners[key], torch)
-    yield from _of_another(key, flax, weights, partners)
-    yield from _axes(torch, laid, flax)
+    laid = layouts.leaf(partners[key], torch)
+    yield from _of_another(key, flax, weights, partners, layouts)
+    turned = partners[key] in layouts.turned
+    of_its_own = list(_not_turned(partners[key], torch, laid, flax)) if turned else []
+    yield from of_its_own or _axes(torch, laid, flax)
     for order in flattenings(pictures, len(flax) if flax.ndim else 0):
         if laid.shape == flax.shape and near(laid[order], flax):
             yield "flatten order: the rows stand in the order (H, W, C), in torch in (C, H, W)"
@@ -48,25 +52,50 @@ def _of_another(
     flax: np.ndarray,
     weights: Mapping[str, tuple[np.ndarray, np.ndarray]],
     partners: Mapping[str, str],
+    layouts: Layouts,
 ) -> Iterator[str]:
     if not np.ptp(flax) if flax.size else True:  # fresh biases and scales are all the same
         return
     for other, (tensor, theirs) in weights.items():
         if other == key or tensor.size != flax.size:
             continue
-        laid = leaves.to_flax_layout(partners[other], tensor.astype(np.float64))
+        laid = layouts.leaf(partners[other], tensor.astype(np.float64))
         if laid.shape == flax.shape and np.array_equal(laid, flax):
-            mine = leaves.to_flax_layout(partners[key], weights[key][0].astype(np.float64))
+            mine = layouts.leaf(partners[key], weights[key][0].astype(np.float64))
             back = theirs.shape == mine.shape and np.array_equal(mine, theirs.astype(np.float64))
             yield f"it has the weights of {other}" + (": the two are swapped" if back else "")
 
 
+def _not_turned(name: str, torch: np.ndarray, laid: np.ndarray, flax: np.ndarray) -> Iterator[str]:
+    """What goes wrong with the kernel of a transposed convolution alone."""
+    right = "in Flax it is (*k, in, out) with the space backwards, unless transpose_kernel=True"
+    space = tuple(range(laid.ndim - 2))
+    for said, wrong in (
+        ("the kernel is not flipped", np.flip(laid, space)),
+        (
+            "transposed kernel: it is laid out for transpose_kernel=True",
+            leaves.to_flax_layout(name, torch),
+        ),
+        ("transposed kernel: input and output channels are exchanged", np.swapaxes(laid, -1, -2)),
+    ):
+        if wrong.shape == flax.shape and near(wrong, flax):
+            yield f"{said}; {right}"
+            return
+
+
 def _axes(torch: np.ndarray, laid: np.ndarray, flax: np.ndarray) -> Iterator[str]:
     """Transposed, reshaped or flipped."""
+    space = tuple(range(torch.ndim - 2))
     for axes in permutations(range(torch.ndim)):
         moved = torch.transpose(axes)
-        if moved.shape == flax.shape and near(moved, flax) and not _same(moved, laid):
-            yield f"transposed kernel: torch's axes stand in the order {axes}, which is wrong"
+        if moved.shape != flax.shape:
+            continue
+        wrong = f"transposed kernel: torch's axes stand in the order {axes}"
+        if near(moved, flax) and not _same(moved, laid):
+            yield f"{wrong}, which is wrong"
+            return
+        if torch.ndim > 2 and near(np.flip(moved, space), flax) and not _same(moved, laid):
+            yield f"{wrong} and are flipped, which is wrong"
             return
     if torch.ndim > 1 and torch.size == flax.size:
         for name, array in (("torch's layout", torch), ("the right layout", laid)):
@@ -74,7 +103,6 @@ def _axes(torch: np.ndarray, laid: np.ndarray, flax: np.ndarray) -> Iterator[str
                 yield f"reshaped from {name} instead of transposed"
                 return
     if laid.ndim > 2 and laid.shape == flax.shape:
-        space = tuple(range(laid.ndim - 2))
         for axes in (space, *((axis,) for axis in space)):
             if near(np.flip(laid, axes), flax):
                 yield "the kernel is flipped"

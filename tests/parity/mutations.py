@@ -201,6 +201,34 @@ MUTATIONS = [
         "norm1.running_var",
         "deviation",
     ),
+    Mutation(
+        "transposed convolution's kernel not flipped",
+        "neck",
+        kernel("up.kernel", lambda k: k[::-1, ::-1]),
+        "up.weight",
+        "not flipped",
+    ),
+    Mutation(
+        "transposed convolution's kernel as for transpose_kernel=True",
+        "neck",
+        kernel("up.kernel", lambda k: k[::-1, ::-1].swapaxes(2, 3)),
+        "up.weight",
+        "transpose_kernel=True",
+    ),
+    Mutation(
+        "transpose_kernel=True and the kernel as without",
+        "neck",
+        put("up.transpose_kernel", True),
+        "up.weight",
+        "flipped",
+    ),
+    Mutation(
+        "torch's padding for a transposed convolution's",
+        "neck",
+        put("up.padding", ((0, 0), (0, 0))),
+        "up",
+        "padding counted as Flax counts it",
+    ),
     # norms
     Mutation("eps of one norm", "backbone", put("norm2.eps", 1e-3), "norm2", "eps 0.001"),
     Mutation(

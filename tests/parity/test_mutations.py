@@ -9,12 +9,8 @@ import pytest
 
 from gam_flax.parity import compare
 from tests.parity.mutations import MUTATIONS, Mutation
-from tests.parity.zoo import LAYOUT, ZOO, twins
+from tests.parity.zoo import ZOO, twins
 from tests.paths import ROOT
-
-
-def layout(network: str):
-    return LAYOUT if network == "neck" else None
 
 
 @pytest.mark.parametrize("network", ZOO)
@@ -22,7 +18,7 @@ def layout(network: str):
 def test_honest_twins_agree(network, train):
     """Without a fault nothing is reported, so that what is reported below is the fault."""
     model, twin, x = twins(network)
-    report = compare(model, twin, x, train=train, layout=layout(network))
+    report = compare(model, twin, x, train=train)
     assert report.ok, str(report)
 
 
@@ -30,7 +26,7 @@ def test_honest_twins_agree(network, train):
 def test_a_fault_is_caught_at_its_layer_with_its_cause(mutation: Mutation):
     model, twin, x = twins(mutation.network)
     mutation.apply(model, twin)
-    report = compare(model, twin, x, layout=layout(mutation.network), **mutation.options)
+    report = compare(model, twin, x, **mutation.options)
     first = report.first_divergence
     assert first is not None and first.path == mutation.path, str(report)
     assert not mutation.cause or any(mutation.cause in cause for cause in first.causes), (

@@ -189,14 +189,5 @@ def twins(name: str) -> tuple[Any, Any, np.ndarray]:
                 module.running_mean.uniform_(-0.2, 0.2)
                 module.running_var.uniform_(0.5, 1.5)
     twin = make_flax()
-    if name == "neck":  # a transposed convolution has no place in the table of leaves
-        load_torch(twin, model, keep=["up"])
-        twin.up.kernel.set_value(jnp.asarray(LAYOUT["up.weight"](model.up.weight.detach().numpy())))
-        twin.up.bias.set_value(jnp.asarray(model.up.bias.detach().numpy()))
-    else:
-        load_torch(twin, model)
+    load_torch(twin, model)
     return model, twin, np.random.default_rng(0).normal(size=shape)
-
-
-LAYOUT = {"up.weight": lambda kernel: kernel.transpose(2, 3, 0, 1)[::-1, ::-1].copy()}
-"""torch's transposed convolution has (in, out, h, w) and flips; Flax's (h, w, in, out)."""
