@@ -1,6 +1,7 @@
 from . import convert as convert
 from . import linen as linen
 from . import parity as parity
+from . import train as train
 from .attention import BAM as BAM
 from .attention import CBAM as CBAM
 from .attention import GAM as GAM

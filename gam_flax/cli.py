@@ -18,6 +18,8 @@ from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free, whole_file
 from gam_flax.convert.layouts import VARIANTS
 from gam_flax.convert.source import open_source
+from gam_flax.train.command import train
+from gam_flax.train.errors import LIBRARIES
 
 app = typer.Typer(
     help="GAM and its relatives for JAX and Flax: port PyTorch checkpoints and prove it.",
@@ -26,6 +28,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console(soft_wrap=True)
+
+EXTRAS = {"torch": "torch", "matplotlib": "plots", "PIL": "images"}
+EXTRAS |= dict.fromkeys(LIBRARIES, "train")
+"""Library → what to install it with."""
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead.")]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
@@ -397,6 +403,9 @@ def _block_table(blocks: list[Block]) -> Table:
     return table
 
 
+app.command()(train)
+
+
 def main() -> None:
     """The entry point: a mistake of the user's is one line and status 2."""
     try:
@@ -406,7 +415,7 @@ def main() -> None:
     except CheckpointError as error:
         _stop(" ".join(str(error).split()))
     except ModuleNotFoundError as error:
-        extra = {"torch": "torch", "matplotlib": "plots", "PIL": "images"}.get(error.name or "")
+        extra = EXTRAS.get((error.name or "").partition(".")[0])
         if extra is None:
             raise
         _stop(f"{error.name} is not installed: pip install 'gam-attention[{extra}]'")

@@ -1,0 +1,10 @@
+from .curves import draw_curves as draw_curves
+from .data import DataSet as DataSet
+from .data import Pictures as Pictures
+from .data import read_data as read_data
+from .errors import DataError as DataError
+from .errors import TrainingError as TrainingError
+from .fit import Result as Result
+from .fit import fit as fit
+from .metrics import read_metrics as read_metrics
+from .settings import Settings as Settings

@@ -1,0 +1,74 @@
+"""The network of a run: built by name, perhaps with weights from a file in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from gam_flax.attention.registry import list_attentions
+from gam_flax.convert.blocks import identify
+from gam_flax.convert.errors import shorten
+from gam_flax.convert.into_flax import load_torch
+from gam_flax.convert.source import open_source
+from gam_flax.models.registry import MODELS, create_model, list_models
+from gam_flax.models.resnet import ResNet
+from gam_flax.train.data import DataSet
+from gam_flax.train.errors import TrainingError
+from gam_flax.train.settings import Settings
+
+SMALL = 64
+"""A ResNet of pictures up to this side, in pixels, has the CIFAR stem."""
+
+
+def build_network(settings: Settings, data: DataSet, say: Callable[[str], None]) -> nnx.Module:
+    """The network that `settings` name, for `data`, in training mode.
+
+    Args:
+        say: is given a line on what came out of `settings.init`.
+
+    Raises:
+        TrainingError: no such network or block, or the network refuses its options.
+        CheckpointError: `settings.init` cannot be read, or is of another network.
+    """
+    for name, value, known in (
+        ("model", settings.model, list_models()),
+        ("attention", settings.attention, [None, *list_attentions()]),
+    ):
+        if value not in known:
+            names = ", ".join(filter(None, known))
+            raise TrainingError(f"{name} {shorten(value)}: must be one of {names}")
+    try:
+        model = create_model(
+            settings.model,
+            attention=settings.attention,
+            num_classes=len(data.classes),
+            in_channels=data.channels,
+            remat=settings.remat,
+            dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+            rngs=nnx.Rngs(settings.seed),
+            **{**_stem(settings.model, data.side), **settings.model_options},
+        )
+    except (TypeError, ValueError) as error:
+        raise TrainingError(f"model {settings.model}: {shorten(error, 200)}") from error
+    if settings.init is not None:
+        _fill(model, settings, say)
+    return model
+
+
+def _stem(name: str, side: int) -> dict[str, Any]:
+    make, preset = MODELS[name]
+    return {"stem": "cifar"} if make is ResNet and "stem" not in preset and side <= SMALL else {}
+
+
+def _fill(model: nnx.Module, settings: Settings, say: Callable[[str], None]) -> None:
+    source = open_source(settings.init)
+    keep = settings.fresh
+    if keep is None:
+        head = "fc" if isinstance(model, ResNet) else "classifier"
+        keep = (head,) if identify(source) else (head, "attention")
+    report = load_torch(model, source, keep=keep)
+    fresh = ", ".join(keep) or "nothing"
+    say(f"{shorten(settings.init)}: {len(report.mapped)} tensors loaded; new: {fresh}")

@@ -1,0 +1,168 @@
+"""One step of training, and one of evaluation, as pure functions of a state and a batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+from jax.sharding import Mesh
+
+from gam_flax.train.settings import Settings
+from gam_flax.train.sharding import state_shardings
+
+Metrics = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+    """All that a run is at one moment.
+
+    step: updates made.
+    params: the parameters, float32.
+    rest: running statistics, and dropout's keys and counters.
+    optimizer: optax's state.
+    average: the moving average of the parameters; () without one.
+    sound: False from the first step on whose loss or gradient was not finite; from then on
+        nothing of the state changes any more.
+    """
+
+    step: jax.Array
+    params: Any
+    rest: Any
+    optimizer: Any
+    average: Any
+    sound: jax.Array
+
+
+class Steps(NamedTuple):
+    """The compiled functions of a run.
+
+    initial: () → the state at step 0, on the mesh.
+    train: (state, batch) → the next state, metrics; the old state is used up.
+    evaluate: (state, batch) → sums over the batch's pictures.
+    model: state → the model with these weights, in evaluation mode.
+    as_trained: (state, batch) → the model in training mode, the pictures as it sees them, their
+        classes: what `where_it_began` looks at.
+    """
+
+    initial: Callable[[], TrainState]
+    train: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
+    evaluate: Callable[[TrainState, dict[str, jax.Array]], Metrics]
+    model: Callable[[TrainState], nnx.Module]
+    as_trained: Callable[[TrainState, dict[str, Any]], tuple[nnx.Module, jax.Array, jax.Array]]
+
+
+def make_steps(
+    model: nnx.Module,
+    settings: Settings,
+    optimizer: optax.GradientTransformation,
+    schedule: optax.Schedule,
+    normalize: tuple[tuple[float, ...], tuple[float, ...]],
+    mesh: Mesh,
+) -> Steps:
+    """The functions that train `model`, compiled for `mesh` when they are first called.
+
+        loss = mean over the batch of cross-entropy(logits, smoothed labels)
+
+    Under the mesh a batch is cut over the devices, and means are over the whole of it: BatchNorm's
+    statistics are global. With `accumulate` they are of one part of the batch.
+
+    Args:
+        model: gives the structure and the parameters at the start.
+        normalize: mean and deviation of each channel, of pixels scaled to 0 … 1.
+    """
+    model.train()
+    graph, params, rest = nnx.split(model, nnx.Param, ...)
+    model.eval()
+    eval_graph = nnx.split(model, nnx.Param, ...)[0]
+    prepare = _preparation(normalize, settings.dtype)
+
+    def start() -> TrainState:
+        average = () if settings.ema is None else jax.tree.map(jnp.copy, params)
+        zero, sound = jnp.zeros((), jnp.int32), jnp.ones((), bool)
+        return TrainState(zero, params, rest, optimizer.init(params), average, sound)
+
+    def loss_of(params: Any, rest: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
+        network = nnx.merge(graph, params, rest, copy=True)
+        logits = network(prepare(part["image"])).astype(jnp.float32)
+        labels = jax.nn.one_hot(part["label"], logits.shape[-1])
+        smooth = optax.smooth_labels(labels, settings.label_smoothing)
+        loss = optax.softmax_cross_entropy(logits, smooth).mean()
+        right = (logits.argmax(-1) == part["label"]).mean()
+        return loss, (nnx.state(network, nnx.Not(nnx.Param)), right)
+
+    def gradient(state: TrainState, batch: dict[str, jax.Array]) -> tuple[Any, Any, Metrics]:
+        """Means over the parts of the batch; the statistics after the last of them."""
+
+        def add(carry: tuple[Any, Any], part: dict[str, jax.Array]) -> tuple[Any, None]:
+            rest, total = carry
+            graded = jax.value_and_grad(loss_of, has_aux=True)(state.params, rest, part)
+            (loss, (rest, right)), grads = graded
+            found = (grads, {"loss": loss, "accuracy": right})
+            return (rest, jax.tree.map(jnp.add, total, found)), None
+
+        parts = jax.tree.map(lambda x: _parts(x, settings.accumulate), batch)
+        nothing = {"loss": jnp.zeros(()), "accuracy": jnp.zeros(())}
+        zeros = (jax.tree.map(jnp.zeros_like, state.params), nothing)
+        (rest, total), _ = jax.lax.scan(add, (state.rest, zeros), parts)
+        grads, metrics = jax.tree.map(lambda x: x / settings.accumulate, total)
+        return grads, rest, metrics
+
+    def train(state: TrainState, batch: dict[str, jax.Array]) -> tuple[TrainState, Metrics]:
+        grads, rest, metrics = gradient(state, batch)
+        norm = optax.tree.norm(grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average: Any = ()
+        if settings.ema is not None:
+            average = optax.incremental_update(params, state.average, 1 - settings.ema)
+        sound = state.sound & jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm)
+        after = TrainState(state.step + 1, params, rest, optimizer_state, average, sound)
+        kept = jax.tree.map(lambda new, old: jnp.where(sound, new, old), after, state)
+        metrics["gradient_norm"] = norm
+        metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
+        return kept._replace(sound=sound), {**metrics, "sound": sound}
+
+    def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
+        network = nnx.merge(eval_graph, _evaluated(state), state.rest)
+        logits = network(prepare(batch["image"])).astype(jnp.float32)
+        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
+        right = logits.argmax(-1) == batch["label"]
+        weight = batch["weight"]
+        return {
+            "loss": (each * weight).sum(),
+            "accuracy": (right * weight).sum(),
+            "count": weight.sum(),
+        }
+
+    def as_trained(state: TrainState, batch: dict[str, Any]) -> Any:
+        network = nnx.merge(graph, state.params, state.rest)
+        return network, prepare(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
+
+    shardings = state_shardings(jax.eval_shape(start), mesh, settings.parameters)
+    return Steps(
+        lambda: jax.device_put(start(), shardings),
+        jax.jit(train, donate_argnums=0, out_shardings=(shardings, None)),
+        jax.jit(evaluate),
+        lambda state: nnx.merge(eval_graph, _evaluated(state), state.rest),
+        as_trained,
+    )
+
+
+def _evaluated(state: TrainState) -> Any:
+    return state.params if state.average == () else state.average
+
+
+def _preparation(normalize: Any, dtype: str) -> Callable[[jax.Array], jax.Array]:
+    """Bytes → what the network sees."""
+    mean, std = (jnp.asarray(values, jnp.float32) for values in normalize)
+    return lambda images: ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+
+
+def _parts(x: jax.Array, count: int) -> jax.Array:
+    """(B, …) → (count, B / count, …), so that each device keeps its pictures: part i has every
+    picture whose number leaves i when divided by count."""
+    return x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1)
