@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 import shutil
+import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +23,9 @@ from gam_flax.train.step import TrainState
 
 CHECKSUMS = "checksums"
 """Beside the arrays: of what a disk gives back, the files' own formats check only a part."""
+
+PATIENCE = 0.2
+"""Seconds in which reads that are not wanted any more come to their end."""
 
 Say = Callable[[str], None]
 
@@ -39,10 +45,11 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, say: Say):
-        logging.getLogger("absl").setLevel(logging.ERROR)
+        logging.getLogger("absl").setLevel(logging.CRITICAL)  # it prints every error twice
         self.folder = folder.absolute()
         self._say = say
         self._manager = _manager(self.folder)
+        self._writing: int | None = None
 
     def save(self, state: TrainState, accuracy: float | None = None) -> None:
         """Copies the state and writes it in the background.
@@ -54,17 +61,17 @@ class Checkpoints:
         step = int(state.step)
         if step in self._manager.all_steps():
             return
+        self.wait()
         metrics = None if accuracy is None else {"accuracy": accuracy}
         named = _named(state)
-        arrays = {"state": ocp.args.StandardSave({**named, CHECKSUMS: _checksums(named)})}
-        self._guarded(
-            step,
-            lambda: self._manager.save(step, args=ocp.args.Composite(**arrays), metrics=metrics),
-        )
+        named[CHECKSUMS] = _checksums(named)
+        arrays = ocp.args.Composite(state=ocp.args.StandardSave(named))
+        self._writing = step
+        self._guarded(lambda: self._manager.save(step, args=arrays, metrics=metrics))
 
-    def wait(self) -> bool:
-        """Until all is written; whether it was."""
-        return self._guarded(None, self._manager.wait_until_finished)
+    def wait(self) -> None:
+        """Until all is written; what could not be is said."""
+        self._guarded(self._manager.wait_until_finished)
 
     def restore_latest(self, like: TrainState) -> TrainState | None:
         """The newest state that can be read; None where there is none.
@@ -98,15 +105,13 @@ class Checkpoints:
         target = jax.tree.map(
             ocp.utils.to_shape_dtype_struct, {**named, CHECKSUMS: _checksums(named)}
         )
-        try:
-            found = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target))
-            )
-        except Exception as error:  # what a broken file raises is up to the library that reads it
+        read = ocp.args.Composite(state=ocp.args.StandardRestore(target))
+        found, wrong = _attempt(lambda: self._manager.restore(step, args=read))
+        if found is None:
             raise TrainingError(
                 f"{shorten(self.folder / str(step))}: the checkpoint is cut short or broken: "
-                f"{_first_line(error)}"
-            ) from error
+                f"{wrong}"
+            )
         arrays = dict(found["state"])
         if not (arrays.pop(CHECKSUMS) == _checksums(arrays)).all():
             raise TrainingError(
@@ -128,18 +133,16 @@ class Checkpoints:
         self.wait()
         self._manager.close()
 
-    def _guarded(self, step: int | None, write: Callable[[], Any]) -> bool:
+    def _guarded(self, write: Callable[[], Any]) -> None:
         try:
             write()
         except Exception as error:  # a full disk comes as OSError, ValueError or XlaRuntimeError
-            last = self._manager.latest_step()
+            last = self.latest_step()
+            kept = "there is none before" if last is None else f"the last good one is {last}"
             self._say(
-                f"{shorten(self.folder)}: checkpoint {'' if step is None else f'{step} '}could not "
-                f"be written: {_first_line(error)}; "
-                + (f"the last good one is {last}" if last is not None else "there is none before")
+                f"{shorten(self.folder)}: checkpoint {self._writing} could not be written: "
+                f"{_first_line(error)}; {kept}"
             )
-            return False
-        return True
 
     def _set_aside(self, step: int) -> None:
         place = self.folder.parent / "broken" / str(step)
@@ -147,6 +150,23 @@ class Checkpoints:
         shutil.rmtree(place, ignore_errors=True)
         os.replace(self.folder / str(step), place)
         self._manager.reload()
+
+
+def _attempt(read: Callable[[], Any]) -> tuple[Any, str]:
+    """What was read, or None and why; what a broken file raises is up to the libraries.
+
+    orbax leaves the reads behind that were under way beside the one that failed. They would print
+    tracebacks of their own whenever they are collected: they are collected here, in silence.
+    """
+    try:
+        return read(), ""
+    except Exception as error:
+        wrong = _first_line(error)
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    time.sleep(PATIENCE)
+    gc.collect()
+    sys.unraisablehook = hook
+    return None, wrong
 
 
 def _manager(folder: Path) -> ocp.CheckpointManager:

@@ -144,6 +144,10 @@ def _text(name: Any) -> Any:
     return name.decode("ascii", "replace") if isinstance(name, bytes) else name
 
 
+class _Refused(pickle.UnpicklingError):
+    """A pickle wants more than arrays."""
+
+
 class _ArraysOnly(pickle.Unpickler):
     """What these pickles hold beside plain data is numpy arrays; every other name is refused."""
 
@@ -154,27 +158,27 @@ class _ArraysOnly(pickle.Unpickler):
             return getattr(np, name)
         if (module, name) == ("_codecs", "encode"):
             return _encode
-        raise pickle.UnpicklingError(f"it names {shorten(module)}.{shorten(name)}")
+        raise _Refused(f"it names {shorten(module)}.{shorten(name)}")
 
 
 def _reconstruct(kind: Any, shape: Any, code: Any) -> np.ndarray:
     """An empty array, which the pickle then fills."""
     if kind is not np.ndarray:
-        raise pickle.UnpicklingError("it builds something else than an array")
+        raise _Refused("it builds something else than an array")
     return np.empty(0, np.uint8)
 
 
 def _encode(text: str, encoding: str) -> bytes:
     """How Python 3 puts bytes into a pickle that Python 2 can read."""
     if encoding != "latin1":
-        raise pickle.UnpicklingError("it encodes text otherwise than latin1")
+        raise _Refused("it encodes text otherwise than latin1")
     return text.encode("latin1")
 
 
 def _unpickled(where: Any, raw: bytes) -> Any:
     try:
         return _ArraysOnly(io.BytesIO(raw), encoding="bytes").load()
-    except pickle.UnpicklingError as error:
+    except _Refused as error:
         raise DataError(f"{shorten(where)}: not a batch of CIFAR: {shorten(error, 120)}") from error
     except Exception as error:  # a broken pickle raises whatever the bytes lead it to
         raise DataError(

@@ -153,7 +153,7 @@ def _arrays(place: Path) -> list[tuple[np.ndarray, np.ndarray]]:
         if place.is_dir():
             loaded = {n: np.load(place / f"{n}.npy", allow_pickle=False) for n in names}
         else:
-            with np.load(place, allow_pickle=False) as file:
+            with place.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
                 loaded = {n: file[n] for n in names}
     except KeyError as error:
         raise DataError(f"{shorten(place)}: {error}; expected {', '.join(names)}") from error

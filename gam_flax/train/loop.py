@@ -69,7 +69,8 @@ def run(
         training.stop = stack.enter_context(StopRequest())
         state = training.from_step(first, total, initial if state is None else state)
         step = int(state.step)
-        if not checkpoints.wait():
+        checkpoints.wait()
+        if checkpoints.latest_step() != step:
             raise TrainingError(f"{out}: the end of step {step} was not saved; make room")
         accuracies = _accuracies(folder)
         best = max(accuracies, default=None)

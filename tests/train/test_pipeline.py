@@ -1,0 +1,96 @@
+"""Batch n is a function of the seed and n, whoever reads it."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+import numpy as np
+import pytest
+
+from gam_flax.train import Pictures
+from gam_flax.train.pipeline import augment, evaluation_batches, middle, stream, training_batches
+from tests.train.made import pictures
+
+COUNT, BATCH = 37, 8
+EPOCH = COUNT // BATCH
+
+
+@pytest.fixture(scope="module")
+def numbered():
+    """Each picture's class is its number."""
+    images, _ = pictures(COUNT, side=6)
+    return Pictures(images, np.arange(COUNT, dtype=np.int32))
+
+
+def batches(numbered, **changes):
+    usual = {"batch_size": BATCH, "seed": 0, "side": 6, "crop": 1, "flip": True}
+    return training_batches(numbered, **{**usual, **changes})
+
+
+def same(a, b) -> bool:
+    return all(np.array_equal(a[key], b[key]) for key in (*a, *b))
+
+
+def test_an_epoch_has_each_picture_once_at_most(numbered):
+    found = batches(numbered)
+    epochs = [
+        np.concatenate([found[e * EPOCH + i]["label"] for i in range(EPOCH)]) for e in range(3)
+    ]
+    assert all(len(set(labels)) == EPOCH * BATCH for labels in epochs)
+    assert not np.array_equal(epochs[0], epochs[1])
+    assert set(epochs[0]) != set(epochs[1])  # it is not always the same ones that are left out
+
+
+def test_other_seeds_give_other_batches(numbered):
+    assert same(batches(numbered)[5], batches(numbered)[5])
+    assert not same(batches(numbered)[5], batches(numbered, seed=1)[5])
+
+
+@pytest.mark.parametrize("start", [0, 3, EPOCH + 1])
+def test_a_stream_starts_anywhere(numbered, start):
+    found = batches(numbered)
+    with closing(stream(found, start)) as ahead:
+        for n in range(start, start + 6):
+            assert same(next(ahead), found[n])
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_shares_make_up_the_batch(numbered, processes):
+    whole = batches(numbered)
+    shares = [batches(numbered, share=(i, processes)) for i in range(processes)]
+    for n in (0, EPOCH, 2 * EPOCH + 1):
+        parts = [share[n] for share in shares]
+        assert all(len(part["label"]) == BATCH // processes for part in parts)
+        for i, part in enumerate(parts):
+            expected = {key: value[i::processes] for key, value in whole[n].items()}
+            assert same(part, expected)
+
+
+def test_evaluation_sees_each_picture_once(numbered):
+    found = evaluation_batches(numbered, batch_size=BATCH, side=4)
+    assert len(found) == 5
+    last = found[4]
+    assert last["image"].shape == (BATCH, 4, 4, 1)
+    assert last["label"][: COUNT % BATCH].tolist() == list(range(32, COUNT))
+    assert last["weight"].tolist() == [1] * 5 + [0] * 3
+    labels = np.concatenate([found[n]["label"][found[n]["weight"] == 1] for n in range(5)])
+    assert labels.tolist() == list(range(COUNT))
+
+
+def test_augmentation_moves_and_mirrors():
+    image = np.arange(1, 17, dtype=np.uint8).reshape(4, 4, 1)
+    seen = set()
+    for n in range(200):
+        rng = np.random.default_rng(n)
+        cut = augment({"image": image}, rng, side=4, crop=1, flip=True)["image"]
+        seen.add(cut.tobytes())
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)))
+    cuts = [padded[t : t + 4, left : left + 4] for t in range(3) for left in range(3)]
+    assert seen == {cut.tobytes() for cut in cuts} | {cut[:, ::-1].tobytes() for cut in cuts}
+
+
+def test_without_crop_and_flip_a_picture_stays():
+    image = pictures(1)[0][0]
+    rng = np.random.default_rng(0)
+    assert same(augment({"image": image}, rng, side=12, crop=0, flip=False), {"image": image})
+    assert same(middle({"image": image}, side=10), {"image": image[1:11, 1:11]})
