@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
@@ -18,6 +19,7 @@ from gam_flax.models.resnet import ResNet
 from gam_flax.train.data import DataSet
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.settings import Settings
+from gam_flax.train.step import wide_type
 
 SMALL = 64
 """A ResNet of pictures up to this side, in pixels, has the CIFAR stem."""
@@ -40,6 +42,8 @@ def build_network(settings: Settings, data: DataSet, say: Callable[[str], None])
         if value not in known:
             names = ", ".join(filter(None, known))
             raise TrainingError(f"{name} {shorten(value)}: must be one of {names}")
+    if settings.dtype == "float64" and not jax.config.read("jax_enable_x64"):
+        raise TrainingError("dtype float64: say JAX_ENABLE_X64=1 in the environment")
     try:
         model = create_model(
             settings.model,
@@ -48,6 +52,7 @@ def build_network(settings: Settings, data: DataSet, say: Callable[[str], None])
             in_channels=data.channels,
             remat=settings.remat,
             dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
+            param_dtype=wide_type(settings.dtype),
             rngs=nnx.Rngs(settings.seed),
             **{**_stem(settings.model, data.side), **settings.model_options},
         )

@@ -15,7 +15,7 @@ CHOICES = {
     "data": KINDS,
     "optimizer": ("sgd", "adamw"),
     "schedule": ("cosine", "cifar", "imagenet", "constant"),
-    "dtype": ("float32", "bfloat16"),
+    "dtype": ("float32", "bfloat16", "float64"),
     "parameters": ("replicated", "sharded"),
 }
 
@@ -35,7 +35,8 @@ class Settings:
         attention: a name of `list_attentions()`, or None.
         model_options: further arguments of the network. ResNets get the CIFAR stem for pictures
             of up to 64 pixels, unless these say otherwise.
-        dtype: of the computation; the parameters are always float32.
+        dtype: of the computation. The parameters are float32, with float64 they are float64;
+            that takes JAX_ENABLE_X64=1.
         remat: compute each block once more in the backward pass: less memory, more time.
         init: checkpoint to start from, PyTorch's or ours.
         fresh: layers that do not take their weights from `init`, see `load_torch`'s `keep`; None

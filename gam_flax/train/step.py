@@ -79,6 +79,7 @@ def make_steps(
     model.eval()
     eval_graph = nnx.split(model, nnx.Param, ...)[0]
     prepare = _preparation(normalize, settings.dtype)
+    wide = wide_type(settings.dtype)
 
     def start() -> TrainState:
         average = () if settings.ema is None else jax.tree.map(jnp.copy, params)
@@ -87,11 +88,11 @@ def make_steps(
 
     def loss_of(params: Any, rest: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         network = nnx.merge(graph, params, rest, copy=True)
-        logits = network(prepare(part["image"])).astype(jnp.float32)
-        labels = jax.nn.one_hot(part["label"], logits.shape[-1])
+        logits = network(prepare(part["image"])).astype(wide)
+        labels = jax.nn.one_hot(part["label"], logits.shape[-1], dtype=wide)
         smooth = optax.smooth_labels(labels, settings.label_smoothing)
         loss = optax.softmax_cross_entropy(logits, smooth).mean()
-        right = (logits.argmax(-1) == part["label"]).mean()
+        right = (logits.argmax(-1) == part["label"]).mean(dtype=wide)
         return loss, (nnx.state(network, nnx.Not(nnx.Param)), right)
 
     def gradient(state: TrainState, batch: dict[str, jax.Array]) -> tuple[Any, Any, Metrics]:
@@ -105,7 +106,7 @@ def make_steps(
             return (rest, jax.tree.map(jnp.add, total, found)), None
 
         parts = jax.tree.map(lambda x: _parts(x, settings.accumulate), batch)
-        nothing = {"loss": jnp.zeros(()), "accuracy": jnp.zeros(())}
+        nothing = {"loss": jnp.zeros((), wide), "accuracy": jnp.zeros((), wide)}
         zeros = (jax.tree.map(jnp.zeros_like, state.params), nothing)
         (rest, total), _ = jax.lax.scan(add, (state.rest, zeros), parts)
         grads, metrics = jax.tree.map(lambda x: x / settings.accumulate, total)
@@ -128,7 +129,7 @@ def make_steps(
 
     def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
         network = nnx.merge(eval_graph, _evaluated(state), state.rest)
-        logits = network(prepare(batch["image"])).astype(jnp.float32)
+        logits = network(prepare(batch["image"])).astype(wide)
         each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         right = logits.argmax(-1) == batch["label"]
         weight = batch["weight"]
@@ -158,8 +159,14 @@ def _evaluated(state: TrainState) -> Any:
 
 def _preparation(normalize: Any, dtype: str) -> Callable[[jax.Array], jax.Array]:
     """Bytes → what the network sees."""
-    mean, std = (jnp.asarray(values, jnp.float32) for values in normalize)
-    return lambda images: ((images.astype(jnp.float32) / 255 - mean) / std).astype(dtype)
+    wide = wide_type(dtype)
+    mean, std = (jnp.asarray(values, wide) for values in normalize)
+    return lambda images: ((images.astype(wide) / 255 - mean) / std).astype(dtype)
+
+
+def wide_type(dtype: str) -> Any:
+    """Of parameters, logits and losses, where layers compute in `dtype`: float32 or wider."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _parts(x: jax.Array, count: int) -> jax.Array:

@@ -18,12 +18,12 @@ EPOCH = COUNT // BATCH
 @pytest.fixture(scope="module")
 def numbered():
     """Each picture's class is its number."""
-    images, _ = pictures(COUNT, side=6)
+    images, _ = pictures(COUNT)
     return Pictures(images, np.arange(COUNT, dtype=np.int32))
 
 
 def batches(numbered, **changes):
-    usual = {"batch_size": BATCH, "seed": 0, "side": 6, "crop": 1, "flip": True}
+    usual = {"batch_size": BATCH, "seed": 0, "side": 12, "crop": 1, "flip": True}
     return training_batches(numbered, **{**usual, **changes})
 
 
@@ -67,10 +67,10 @@ def test_shares_make_up_the_batch(numbered, processes):
 
 
 def test_evaluation_sees_each_picture_once(numbered):
-    found = evaluation_batches(numbered, batch_size=BATCH, side=4)
+    found = evaluation_batches(numbered, batch_size=BATCH, side=10)
     assert len(found) == 5
     last = found[4]
-    assert last["image"].shape == (BATCH, 4, 4, 1)
+    assert last["image"].shape == (BATCH, 10, 10, 1)
     assert last["label"][: COUNT % BATCH].tolist() == list(range(32, COUNT))
     assert last["weight"].tolist() == [1] * 5 + [0] * 3
     labels = np.concatenate([found[n]["label"][found[n]["weight"] == 1] for n in range(5)])
