@@ -11,7 +11,7 @@ import numpy as np
 from gam_flax.convert import leaves
 from gam_flax.convert.rename import Rename, renamed
 from gam_flax.parity.judge import gap
-from gam_flax.parity.trace import Place, channels_last, sequence_last
+from gam_flax.parity.trace import Place, channels_last, sequence_last, wide
 
 
 class Names:
@@ -99,6 +99,10 @@ class Layouts:
             if np.array_equal(torch[order], flax):
                 self._flattened[name] = order
 
+    def is_told(self, path: str) -> bool:
+        """Whether the user has said how this activation is laid out."""
+        return path in self._own
+
     def activation(self, path: str, torch: np.ndarray, flax: np.ndarray | None) -> Layout | None:
         """How a torch activation becomes Flax's: channels moved last, or as it is.
 
@@ -124,7 +128,9 @@ class Layouts:
             layouts += [partial(_reordered, order) for order in orders[:1]]
         if len(layouts) < 2:
             return next(iter(layouts), None)
-        return min(layouts, key=lambda layout: float(np.nansum(gap(layout(torch), flax))))
+        return min(
+            layouts, key=lambda layout: float(np.nansum(gap(wide(layout(torch)), wide(flax))))
+        )
 
 
 def flattenings(pictures: Iterable[tuple[int, ...]], length: int) -> Iterator[np.ndarray]:

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from gam_flax.convert import leaves
-from gam_flax.parity.align import Layouts, Names, flattenings
+from gam_flax.parity.align import Layout, Layouts, Names, flattenings
 from gam_flax.parity.experiments import experiments
-from gam_flax.parity.glue import explain_glue, lay_safely, near, relations
+from gam_flax.parity.glue import LATEST, explain_glue, lay_safely, near, relations
 from gam_flax.parity.report import Row
 from gam_flax.parity.trace import Place, Trace, channels_last, sequence_last
 from gam_flax.parity.weights import explain_weight
 
 _MOST = 3  # causes of one row
+_SINGLE = 2.0**-20  # how far apart, of a tensor's scale, what is computed in float32 may be
 INPUT = " (input)"
 """After the path of a layer in the single steps: what it is given."""
 
@@ -61,8 +64,21 @@ def explain(row: Row, evidence: Evidence) -> tuple[str, ...]:
     }
     if row.stage not in explainers:
         return ()
-    found = islice(explainers[row.stage](row, evidence), _MOST)
+    found = [*_drawn(row, evidence), *islice(explainers[row.stage](row, evidence), _MOST)]
+    if not found and row.max_error <= _SINGLE:
+        found = [
+            "the numbers agree as far as float32 goes: Flax computes a step before in float32 (a "
+            "dtype= of its own, jax.nn.dot_product_attention's softmax)"
+        ]
     return tuple(dict.fromkeys(found))
+
+
+def _drawn(row: Row, evidence: Evidence) -> Iterator[str]:
+    """A Dropout of NNX's that is at work; nothing of torch's is, or it had been refused."""
+    place, is_input = _event(row, evidence)
+    layer = evidence.flax_layers.get(evidence.names.layer(place[0])) if place else None
+    if not is_input and isinstance(layer, nnx.Dropout) and layer.rate:
+        yield "Flax's Dropout draws random numbers, torch's does not: deterministic=, its rate"
 
 
 def _parameter(row: Row, evidence: Evidence) -> Iterator[str]:
@@ -88,7 +104,7 @@ def _activation(row: Row, evidence: Evidence) -> Iterator[str]:
         if truth is not None and flax is not None:
             truth = np.moveaxis(truth, -1, 1) if truth.ndim >= 4 else truth
             known = _known(evidence, len(evidence.own.order))
-            yield from explain_glue(known, truth, flax, _like(flax))
+            yield from explain_glue(known, truth, flax, _like(flax, None))
         return
     name = evidence.names.place(place)
     kind = (lambda run: run.inputs) if is_input else (lambda run: run.layers)
@@ -97,14 +113,20 @@ def _activation(row: Row, evidence: Evidence) -> Iterator[str]:
         return
     index = evidence.own.order.index((is_input, place))
     module = _module(evidence, place)
+    lay = _like(flax, evidence.layouts.activation(row.path, truth, flax))
     if is_input or any(module.children()):
-        yield from explain_glue(_known(evidence, index), truth, flax, _like(flax))
+        yield from explain_glue(_known(evidence, index), truth, flax, lay)
     else:
-        yield from _layer(module, place, truth, flax, evidence)
+        yield from _layer(module, place, truth, flax, lay, evidence)
 
 
 def _layer(
-    module: Any, place: Place, truth: np.ndarray, flax: np.ndarray, evidence: Evidence
+    module: Any,
+    place: Place,
+    truth: np.ndarray,
+    flax: np.ndarray,
+    lay: Layout,
+    evidence: Evidence,
 ) -> Iterator[str]:
     """One layer without layers inside, fed with torch's input."""
     import torch
@@ -112,7 +134,6 @@ def _layer(
     given = evidence.own.inputs.get(place)
     if given is None:
         return
-    lay = _like(flax)
     partner = evidence.flax_layers.get(evidence.names.layer(place[0]))
     x, found = torch.from_numpy(given.copy()), False
     with torch.no_grad():
@@ -208,17 +229,24 @@ def _module(evidence: Evidence, place: Place) -> Any:
 
 
 def _known(evidence: Evidence, index: int) -> dict[str, np.ndarray]:
-    """What torch had computed before event `index`, by name: outputs of layers, and their inputs
-    where these are no other's output."""
-    known: dict[str, np.ndarray] = {}
-    for is_input, place in evidence.own.order[:index]:
-        name, own = "".join(place), evidence.own
+    """What torch had computed last before event `index`, by name: outputs of layers, and their
+    inputs where these are no other's output."""
+    own = evidence.own
+    found: dict[str, np.ndarray] = {}
+    inputs: dict[str, np.ndarray] = {}
+    for is_input, place in reversed(own.order[:index]):
+        name = "".join(place)
         if not is_input:
-            known.pop(name, None)
-            known[name] = own.layers[place]
-        elif not any(np.array_equal(own.inputs[place], other) for other in known.values()):
-            known[f"the input of {name}"] = own.inputs[place]
-    return known
+            found.setdefault(name, own.layers[place])
+        else:
+            inputs[f"the input of {name}"] = found[f"the input of {name}"] = own.inputs[place]
+        if len(found) - len(inputs) >= LATEST:
+            break
+    for name, array in inputs.items():
+        others = (other for key, other in found.items() if key != name)
+        if any(other is array or np.array_equal(other, array) for other in others):
+            del found[name]
+    return dict(reversed(found.items()))
 
 
 def _pictures(evidence: Evidence) -> list[tuple[int, ...]]:
@@ -226,10 +254,19 @@ def _pictures(evidence: Evidence) -> list[tuple[int, ...]]:
     return [array.shape[1:] for array in (*own.inputs.values(), *own.layers.values())]
 
 
-def _like(flax: np.ndarray) -> Callable[[np.ndarray], np.ndarray]:
-    """torch's layout → Flax's, for tensors that may have other shapes than the true one."""
+def _like(flax: np.ndarray, known: Layout | None) -> Layout:
+    """torch's layout → Flax's, for tensors that may have other shapes than the true one.
+
+    Args:
+        known: how the true one is laid out; None where its shape does not tell.
+    """
 
     def lay(array: np.ndarray) -> np.ndarray:
+        if known is not None:
+            with suppress(ValueError, IndexError):
+                laid = known(array)
+                if laid.shape == flax.shape:
+                    return laid
         moved = channels_last(array)
         if array.ndim == 3 and array.shape != flax.shape == sequence_last(array).shape:
             moved = sequence_last(array)

@@ -126,8 +126,8 @@ def compare(
         layout=layout or {},
         multiple=multiple,
     )
-    with progress_bar(progress) as tell:
-        return answer(question, tell)
+    with progress_bar(progress) as bar:
+        return answer(question, bar)
 
 
 def assert_parity(

@@ -8,8 +8,9 @@ from dataclasses import replace
 
 import numpy as np
 
+from gam_flax.convert import leaves
 from gam_flax.parity import judge
-from gam_flax.parity.align import Layouts, Names
+from gam_flax.parity.align import Layout, Layouts, Names
 from gam_flax.parity.causes import INPUT
 from gam_flax.parity.report import STAGES, Row, Unmatched
 from gam_flax.parity.trace import Place, Trace, channels_last, cotangent, wide
@@ -57,15 +58,22 @@ class Findings:
         self._terms = 0.0  # the loss is a sum of terms that cancel; this is without their signs
         self.layouts = layouts
         self.tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._layer_errors: dict[str, float] = {}  # layer → torch's largest error in its gradients
+        self._odd: dict[Place, tuple[tuple, tuple]] = {}  # inputs of other shapes than Flax's
         self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
 
     def rows(self) -> tuple[Row, ...]:
         """What was found, judged, in the order of the stages."""
         largest: dict[str, float] = {}
+        self._layer_errors = {}
         for (stage, path), found in self._found.items():
             if not isinstance(found, Row):
                 group = _group(stage, path)
                 largest[group] = max(largest.get(group, 0.0), found[1].oracle)
+            if not isinstance(found, Row) and stage == "gradients":
+                layer = leaves.split(path)[0]
+                worst = max(self._layer_errors.get(layer, 0.0), found[1].torch)
+                self._layer_errors[layer] = worst
         rows = (
             found if isinstance(found, Row) else self._judged(stage, path, *found, largest)
             for (stage, path), found in self._found.items()
@@ -88,6 +96,8 @@ class Findings:
                 scale = max(scale, math.sqrt(variance[1].oracle))
         if stage == "loss":
             scale = max(scale, self._terms)
+        if stage == "gradients":  # those of one layer are made of the same gradient of its output
+            found = replace(found, torch=self._layer_errors[leaves.split(path)[0]])
         if stage == "single-step":  # one layer is allowed what torch needs for all up to it
             free = self._found.get(("forward", path.removesuffix(INPUT)))
             if isinstance(free, tuple):
@@ -127,62 +137,72 @@ class Findings:
                 row = judge.equal("parameters", key, wide(laid), wide(partner), dtype)
                 self._found["parameters", key] = row
 
+    def layer(self, place: Place, own: Trace, flax: Trace, truth: np.ndarray) -> None:
+        """What one layer of torch's gives, each model running freely; `truth` is the oracle's."""
+        path, partner = "".join(place), flax.layers.get(self.names.place(place))
+        if partner is None:
+            self._unmatched("torch", "layer", path, unless=flax.error)
+            return
+        lay = self.layouts.activation(path, truth, partner)
+        if lay is None:
+            self._misshapen("forward", path, truth.shape, partner.shape)
+        else:
+            self._lay_and_measure("forward", path, lay, own.layers[place], partner, truth)
+
     def forward(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        """Layers in torch's order, then the outputs."""
-        partners = dict(flax.layers)
-        for place, truth in oracle.layers.items():
-            path, partner = "".join(place), partners.pop(self.names.place(place), None)
-            if partner is None:
-                self._unmatched("torch", "layer", path, unless=flax.error)
-                continue
-            lay = self.layouts.activation(path, truth, partner)
-            if lay is None:
-                self._misshapen("forward", path, truth.shape, partner.shape)
-            else:
-                self._measure("forward", path, lay(own.layers[place]), partner, lay(truth))
-        for place in partners:
-            self._unmatched("flax", "layer", "".join(place))
+        """After all layers: those that Flax alone has, and the outputs."""
+        taken = {self.names.place(place) for place in own.layers}
+        for place in flax.layers:
+            if place not in taken:
+                self._unmatched("flax", "layer", "".join(place))
         if flax.error is None:
             self._outputs("output", own, flax, oracle)
 
     def as_flax_has_it(self, own: Trace, flax: Trace) -> Trace:
-        """torch's activations under Flax's paths and in Flax's layout.
+        """torch's activations under Flax's paths and in Flax's layout; equal ones are one array.
 
         What has another shape in Flax stays away: one side may pad before the layer, the other
         inside.
         """
         found = Trace()
+        made: dict[tuple[int, tuple[int, ...] | None], np.ndarray] = {}
         for mark, torch, partners, to in (
             (INPUT, own.inputs, flax.inputs, found.inputs),
             ("", own.layers, flax.layers, found.layers),
         ):
             for place, array in torch.items():
-                name = self.names.place(place)
-                lay = self.layouts.activation("".join(place) + mark, array, partners.get(name))
-                if lay is not None or not mark:
-                    to[name] = (lay or channels_last)(array)
+                path, name = "".join(place) + mark, self.names.place(place)
+                partner = partners.get(name)
+                key = id(array), None if partner is None else partner.shape
+                if key not in made or self.layouts.is_told(path):
+                    lay = self.layouts.activation(path, array, partner)
+                    if lay is None and mark:
+                        continue
+                    made[key] = (lay or channels_last)(array)
+                to[name] = made[key]
         return found
 
+    def step(
+        self, is_input: bool, place: Place, own: Trace, flax: Trace, truth: np.ndarray
+    ) -> None:
+        """What one layer makes of torch's input, or what it would have been given."""
+        torch, partners = (run.inputs if is_input else run.layers for run in (own, flax))
+        partner = partners.get(self.names.place(place))
+        path = "".join(place) + (INPUT if is_input else "")
+        if partner is None:
+            return
+        lay = self.layouts.activation(path, truth, partner)
+        if lay is not None:
+            self._lay_and_measure("single-step", path, lay, torch[place], partner, truth)
+        elif is_input:
+            self._odd[place] = truth.shape, partner.shape
+        else:
+            if place in self._odd:  # it is no matter of where a layer is padded, then
+                self._misshapen("single-step", path + INPUT, *self._odd[place])
+            self._misshapen("single-step", path, truth.shape, partner.shape)
+
     def single_step(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        """What each layer makes of torch's input, and what it would have been given."""
-        odd: dict[Place, tuple[tuple, tuple]] = {}
-        for is_input, place in own.order:
-            torch, partners, truths = (
-                run.inputs if is_input else run.layers for run in (own, flax, oracle)
-            )
-            partner, truth = partners.get(self.names.place(place)), truths[place]
-            path = "".join(place) + (INPUT if is_input else "")
-            if partner is None:
-                continue
-            lay = self.layouts.activation(path, truth, partner)
-            if lay is not None:
-                self._measure("single-step", path, lay(torch[place]), partner, lay(truth))
-            elif is_input:
-                odd[place] = truth.shape, partner.shape
-            else:
-                if place in odd:  # it is no matter of where a layer is padded, then
-                    self._misshapen("single-step", path + INPUT, *odd[place])
-                self._misshapen("single-step", path, truth.shape, partner.shape)
+        """After the steps of all layers: the outputs."""
         if flax.error is None:
             self._outputs("single-step", own, flax, oracle)
 
@@ -252,6 +272,18 @@ class Findings:
         for part, partner in flax.outputs.items():
             if part not in oracle.outputs:
                 self._nothing("missing", "not in torch", stage, part, partner.shape)
+
+    def _lay_and_measure(
+        self,
+        stage: str,
+        path: str,
+        lay: Layout,
+        torch: np.ndarray,
+        flax: np.ndarray,
+        oracle: np.ndarray,
+    ) -> None:
+        laid = lay(torch)
+        self._measure(stage, path, laid, flax, laid if torch is oracle else lay(oracle))
 
     def _measure(
         self, stage: str, path: str, torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray

@@ -10,13 +10,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import linen, nnx
+from flax import errors, linen, nnx
 
 from gam_flax.convert import flax_paths
 from gam_flax.parity.linen_side import pure_linen, turned_linen_kernels
 from gam_flax.parity.nnx_side import pure_nnx
 from gam_flax.parity.pure import Pure, is_float
-from gam_flax.parity.trace import Calls, Fed, Trace, cotangent, tensors, wide
+from gam_flax.parity.trace import Calls, Fed, Place, Trace, cotangent, lean, tensors
 
 _INPUT = ""
 """The input's name among the arrays that are differentiated; no parameter's path is empty."""
@@ -67,6 +67,7 @@ class Program:
 
     Args:
         loss: of the output; None for Σ output · cotangent.
+        tell: hears the path of each layer while the model is traced.
     """
 
     def __init__(
@@ -76,11 +77,13 @@ class Program:
         dtype: str,
         gradients: bool,
         loss: Callable[[Any], Any] | None = None,
+        tell: Callable[[str], None] = lambda path: None,
     ):
         self._dtype = dtype
         self._model = model
-        self._run = jax.jit(partial(_forward_and_back, model.apply, gradients, loss))
-        self._run_fed = jax.jit(partial(_forward_fed, model.apply))
+        self._free, self._fed = _Names(tell), _Names(tell)
+        self._run = jax.jit(partial(_forward_and_back, model.apply, gradients, loss, self._free))
+        self._run_fed = jax.jit(partial(_forward_fed, model.apply, self._fed))
 
     def __call__(self, x: np.ndarray, factors: Mapping[str, float]) -> Trace:
         """One run.
@@ -92,24 +95,27 @@ class Program:
         arguments = self._arguments(x, factors)
         with switches(self._dtype):
             try:
-                found = self._run(*arguments)
+                found, activations = self._run(*arguments)
             except Exception as error:
                 return _until(error, self._model, arguments)
-            return Trace(**jax.tree.map(wide, found))
+            return Trace(**jax.tree.map(lean, found) | self._free.named(activations))
 
     def fed(self, x: np.ndarray, factors: Mapping[str, float], source: Trace) -> Trace:
         """One forward, every layer of which is given the activations of `source`, which are laid
         out for this model, instead of its own."""
-        given = [
-            {place: cast(array, self._dtype) for place, array in kind.items()}
-            for kind in (source.inputs, source.layers)
-        ]
         with switches(self._dtype):
+            given = [self._on_device(kind) for kind in (source.inputs, source.layers)]
             try:
-                found = self._run_fed(*self._arguments(x, factors), *given)
+                found, activations = self._run_fed(*self._arguments(x, factors), *given)
             except Exception as error:
                 return Trace(error=error)
-            return Trace(**jax.tree.map(wide, found))
+            return Trace(**jax.tree.map(lean, found) | self._fed.named(activations))
+
+    def _on_device(self, arrays: Mapping[Place, np.ndarray]) -> dict[Place, Any]:
+        """Each array once."""
+        made = {id(array): array for array in arrays.values()}
+        made = {key: jnp.asarray(cast(array, self._dtype)) for key, array in made.items()}
+        return {place: made[id(array)] for place, array in arrays.items()}
 
     def _arguments(self, x: np.ndarray, factors: Mapping[str, float]) -> tuple[dict, dict, Any]:
         wider = jnp.promote_types(self._dtype, jnp.float32)
@@ -128,58 +134,87 @@ def switches(dtype: str) -> Iterator[None]:
         yield
 
 
+class _Names:
+    """The names of what a compiled program returns of its layers, each tensor once.
+
+    They are found when the program is traced. Args: as `Program`.
+    """
+
+    def __init__(self, tell: Callable[[str], None]):
+        self.tell = tell
+        self._place: dict[str, dict[Place, int]] = {}
+
+    def once(self, calls: Calls) -> list[Any]:
+        """The tensors that `calls` holds, each once."""
+        kinds = {"inputs": calls.inputs, "layers": calls.outputs}
+        found = {id(tensor): tensor for kind in kinds.values() for tensor in kind.values()}
+        number = {key: i for i, key in enumerate(found)}
+        self._place = {
+            kind: {place: number[id(tensor)] for place, tensor in named.items()}
+            for kind, named in kinds.items()
+        }
+        return list(found.values())
+
+    def named(self, arrays: list[Any]) -> dict[str, Any]:
+        """What the program returned, under its places."""
+        kept = [lean(array) for array in arrays]
+        return {
+            kind: {place: kept[i] for place, i in numbers.items()}
+            for kind, numbers in self._place.items()
+        }
+
+
 def _forward_and_back(
     apply: Any,
     gradients: bool,
     loss: Callable[[Any], Any] | None,
+    names: _Names,
     parameters: dict,
     statistics: dict,
     x: Any,
-) -> dict[str, Any]:
-    """The fields of a trace."""
+) -> tuple[dict[str, Any], list[Any]]:
+    """The fields of a trace, and what the layers took and gave."""
 
-    def forward(smooth: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        calls = Calls()
+    def forward(smooth: dict[str, Any]) -> tuple[dict[str, Any], Any]:
+        calls = Calls(tell=names.tell)
         given = {**parameters, **smooth}
         output, after = apply(given, statistics, given.pop(_INPUT, x), calls)
         roots = tensors(output) if loss is None else [("", loss(output))]
-        return {part: y for part, y in roots if is_float(y)}, _trace(calls, output, after)
+        smooth_roots = {part: y for part, y in roots if is_float(y)}
+        return smooth_roots, (_trace(output, after), names.once(calls))
 
     if not gradients:
         return forward({})[1]
     arguments = {**parameters, _INPUT: x}
     smooth = {key: array for key, array in arguments.items() if is_float(array)}
-    roots, back, trace = jax.vjp(forward, smooth, has_aux=True)
+    roots, back, (trace, activations) = jax.vjp(forward, smooth, has_aux=True)
     weights = {
         part: jnp.ones_like(y) if loss else jnp.asarray(cotangent(part, y.shape), y.dtype)
         for part, y in roots.items()
     }
     found = dict(back(weights)[0])
     total = sum(jnp.sum(y * weights[part]) for part, y in roots.items())
-    return {
-        **trace,
-        "loss": total,
-        "input_gradient": found.pop(_INPUT, None),
-        "gradients": found,
-    }
+    trace |= {"loss": total, "input_gradient": found.pop(_INPUT, None), "gradients": found}
+    return trace, activations
 
 
 def _forward_fed(
-    apply: Any, parameters: dict, statistics: dict, x: Any, inputs: dict, outputs: dict
-) -> dict[str, Any]:
-    """The fields of a trace of a forward whose layers are fed."""
-    calls = Fed(inputs, outputs, _adopt)
+    apply: Any,
+    names: _Names,
+    parameters: dict,
+    statistics: dict,
+    x: Any,
+    inputs: dict,
+    outputs: dict,
+) -> tuple[dict[str, Any], list[Any]]:
+    """The same of a forward whose layers are fed."""
+    calls = Fed(inputs, outputs, _adopt, tell=names.tell)
     output, after = apply(parameters, statistics, x, calls)
-    return _trace(calls, output, after)
+    return _trace(output, after), names.once(calls)
 
 
-def _trace(calls: Calls, output: Any, statistics: dict) -> dict[str, Any]:
-    return {
-        "inputs": calls.inputs,
-        "layers": calls.outputs,
-        "outputs": dict(tensors(output)),
-        "statistics": statistics,
-    }
+def _trace(output: Any, statistics: dict) -> dict[str, Any]:
+    return {"outputs": dict(tensors(output)), "statistics": statistics}
 
 
 def _adopt(given: Any, own: Any) -> Any:
@@ -190,18 +225,24 @@ def _adopt(given: Any, own: Any) -> Any:
 
 def _until(error: Exception, model: Pure, arguments: tuple[dict, dict, Any]) -> Trace:
     """What the layers gave before the forward raised `error`."""
-    calls = Calls(keep=wide)
+    calls = Calls(keep=lean)
     parameters, statistics, x = jax.tree.map(jnp.asarray, arguments)
     try:
         model.apply(parameters, statistics, x, calls)
     except Exception as again:
         error = again  # without the frames of jit
+    if isinstance(error, errors.InvalidRngError):
+        error = ValueError(
+            f"{calls.innermost or 'the Flax model'} draws random numbers in Flax, which two "
+            "frameworks cannot draw alike: compare with train=False, or set its rate to 0"
+        )
     return Trace(inputs=calls.inputs, layers=calls.outputs, error=error)
 
 
 def cast(array: Any, dtype: Any, factor: float = 1.0) -> np.ndarray:
     """In numpy, of `dtype` where it is floating: jax would compile a program for each shape."""
     array = np.asarray(array)
-    return (
-        (array.astype(np.float64) * factor).astype(jnp.dtype(dtype)) if is_float(array) else array
-    )
+    if not is_float(array):
+        return array
+    scaled = array if factor == 1.0 else array.astype(np.float64) * factor
+    return scaled.astype(jnp.dtype(dtype), copy=False)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from itertools import permutations
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 
 from gam_flax.parity.experiments import functions, same_padding
@@ -20,9 +21,10 @@ from gam_flax.parity.judge import gap, magnitude
 NEAR = 1e-9
 """Two tensors are one where they differ by no more than this part of their largest number."""
 
-_LATEST = 8  # known tensors from which expressions are built
+LATEST = 8  # known tensors from which expressions are built
 _JOINED = 6  # of them, those that are joined in pairs
 _NOTHING = "nothing"
+_STRADDLING = 1e-3  # the part of all numbers that lie so near a boundary that they round two ways
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,12 @@ def relations(
     if ratios.size and np.ptp(ratios) <= NEAR * abs(ratios[0]) and near(truth * ratios[0], flax):
         yield f"Flax has {ratios[0]:.6g} × torch's"
         return
+    for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
+        with np.errstate(over="ignore"):
+            rounded = truth.astype(dtype).astype(truth.dtype)
+        if np.mean(rounded == flax) > 1 - _STRADDLING:
+            yield f"Flax has torch's numbers rounded to {np.dtype(dtype).name}"
+            return
     yield from _moved(torch, truth, flax, lay)
     if near(np.zeros_like(flax), flax - truth - (flax - truth).flat[0]):
         yield f"Flax has {(flax - truth).flat[0]:.6g} more than torch everywhere"
@@ -168,13 +176,16 @@ def _kind(order: list[int]) -> str:
 def channel_order(torch: np.ndarray, flax: np.ndarray, axis: int = -1) -> list[int] | None:
     """For each channel of Flax's the one of torch's that it is; None where they are not."""
     mine, other = (np.moveaxis(a, axis, 0).reshape(a.shape[axis], -1) for a in (torch, flax))
-    order = []
-    for channel in other:
-        apart = np.abs(mine - channel).max(1)
-        order.append(int(apart.argmin()))
-        if apart.min() > NEAR * max(magnitude(channel), 1e-300):
-            return None
-    return order if sorted(order) == list(range(len(order))) else None
+    weights = np.random.default_rng(0).normal(size=mine.shape[1])
+    marks = [channels @ weights for channels in (mine, other)]  # one number for each channel
+    coarse = 1e-9 * max(map(magnitude, marks)) or 1.0
+    ranks = [np.argsort(np.round(mark / coarse), kind="stable") for mark in marks]
+    order = np.empty(len(mine), int)
+    order[ranks[1]] = ranks[0]  # equal channels, such as dead ones, in the order they stand in
+    limits = NEAR * np.maximum(np.abs(other).max(1, initial=0.0), 1e-300)
+    if (np.abs(mine[order] - other).max(1, initial=0.0) > limits).any():
+        return None
+    return order.tolist()
 
 
 def _ranges(order: list[int]) -> str:
@@ -213,7 +224,7 @@ def _expressions(
     """Small expressions of the latest tensors that have one of these sizes, the simplest first."""
     import torch
 
-    latest = dict(reversed([*known.items()][-_LATEST:]))
+    latest = dict(reversed([*known.items()][-LATEST:]))
     tensors = {name: torch.from_numpy(np.array(array)) for name, array in latest.items()}
     pairs = list(_pairs(dict(list(tensors.items())[:_JOINED])))
     bases = [*tensors.items(), *pairs]

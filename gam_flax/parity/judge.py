@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, replace
 
 import ml_dtypes
 import numpy as np
 
 from gam_flax.parity.report import Row
+from gam_flax.parity.trace import wide
 
 FLOAT64_UNIT = 1e-12
 """In float64 two frameworks may differ by this much of a tensor's scale."""
+
+_PIECE = 2**17  # numbers, 1 MiB in float64
 
 DTYPES = ("float64", "float32", "bfloat16")
 
@@ -41,18 +45,43 @@ class Gauge:
 
 
 def gauge(torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray) -> Gauge:
-    """Measures three arrays of one shape."""
-    apart = gap(flax, torch)
-    return Gauge(
-        torch=_worst(gap(torch, oracle)),
-        flax=_worst(gap(flax, oracle)),
-        apart=_worst(apart),
-        rms=_rms(apart),
-        turn=_turn(torch, flax),
-        oracle=magnitude(oracle),
-        magnitude=magnitude(flax),
-        nan=bool(np.isnan(apart).any()),
-    )
+    """Measures three arrays of one shape, in any dtype; `oracle` may be `torch` itself.
+
+    Piece by piece: a piece fits a cache, and copies of the whole would fill the memory.
+    """
+    size = max(flax.size, 1)
+    scales = magnitude(torch), magnitude(flax)
+    found = Gauge(0.0, 0.0, 0.0, 0.0, 0.0, magnitude(oracle), scales[1], False)
+    products = np.zeros(3)
+    for own, partner, truth in _pieces(torch, flax, oracle):
+        own, partner = wide(own), wide(partner)
+        apart = gap(partner, own)
+        same = torch is oracle
+        truth = own if same else wide(truth)
+        found |= Gauge(
+            torch=0.0 if same else _worst(gap(own, truth)),
+            flax=_worst(apart if same else gap(partner, truth)),
+            apart=_worst(apart),
+            rms=math.hypot(found.rms, _rms(apart) * math.sqrt(apart.size / size)),
+            turn=0.0,
+            oracle=0.0,
+            magnitude=0.0,
+            nan=bool(np.isnan(apart).any()),
+        )
+        products += _products(own, partner, scales)
+    return replace(found, turn=_turn(*products))
+
+
+def _pieces(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Arrays of one shape cut alike until each piece is small; views."""
+    shape = arrays[0].shape
+    if arrays[0].size <= _PIECE:
+        yield arrays
+        return
+    axis = int(np.argmax(shape))
+    half = shape[axis] // 2
+    for part in (slice(None, half), slice(half, None)):
+        yield from _pieces(*(array[(slice(None),) * axis + (part,)] for array in arrays))
 
 
 class Judge:
@@ -154,14 +183,22 @@ def without_numbers(
 def gap(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """|a − b|; 0 where both are the same infinity or both NaN, NaN where one of them is."""
     with np.errstate(invalid="ignore"):
-        distance = np.abs(a - b)
+        distance = np.asarray(np.abs(a - b))
+    if np.isfinite(np.max(distance, initial=0.0)):
+        return distance
     return np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, distance)
 
 
 def magnitude(array: np.ndarray) -> float:
     """The largest finite magnitude, 0 for an empty array."""
-    sizes = np.abs(array)
-    return float(np.max(sizes, where=np.isfinite(sizes), initial=0.0))
+    largest = 0.0
+    for (piece,) in _pieces(array):
+        sizes = np.abs(wide(piece))
+        top = float(np.max(sizes, initial=0.0))
+        if not math.isfinite(top):
+            top = float(np.max(sizes, where=np.isfinite(sizes), initial=0.0))
+        largest = max(largest, top)
+    return largest
 
 
 def _worst(distance: np.ndarray) -> float:
@@ -173,18 +210,23 @@ def _rms(distance: np.ndarray) -> float:
     worst = _worst(distance)
     if worst == 0 or math.isinf(worst):
         return worst
-    parts = np.nan_to_num(distance) / worst  # squares that cannot overflow
-    return worst * math.sqrt(np.mean(parts**2))
+    parts = np.nan_to_num(distance).ravel() / worst  # squares that cannot overflow
+    return worst * math.sqrt(np.vdot(parts, parts).real / parts.size)
 
 
-def _turn(a: np.ndarray, b: np.ndarray) -> float:
+def _products(a: np.ndarray, b: np.ndarray, scales: tuple[float, float]) -> np.ndarray:
+    """a·b, a·a and b·b of arrays of these scales, in squares that cannot overflow."""
+    if 0 in scales:
+        return np.zeros(3)
+    a, b = a.ravel() / scales[0], b.ravel() / scales[1]
+    return np.array([np.vdot(x, y).real for x, y in ((a, b), (a, a), (b, b))])
+
+
+def _turn(both: float, a: float, b: float) -> float:
     """1 − cos, 0 where one of the two is zero or not finite."""
-    scales = magnitude(a), magnitude(b)
-    if 0 in scales or not (np.isfinite(a).all() and np.isfinite(b).all()):
+    if not 0 < a * b < math.inf:
         return 0.0
-    a, b = a.ravel() / scales[0], b.ravel() / scales[1]  # squares that cannot overflow
-    cosine = np.vdot(a, b).real / math.sqrt(np.vdot(a, a).real * np.vdot(b, b).real)
-    return max(0.0, 1 - float(cosine))
+    return max(0.0, 1 - float(both / math.sqrt(a * b)))
 
 
 def _relative(error: float, scale: float) -> float:

@@ -19,16 +19,17 @@ from gam_flax.parity.causes import Evidence, explain
 from gam_flax.parity.configuration import check_configuration, comparison_settings
 from gam_flax.parity.findings import Findings
 from gam_flax.parity.optimizers import Optimizer
-from gam_flax.parity.progress import Tell
+from gam_flax.parity.progress import Progress
 from gam_flax.parity.pure import Pure
 from gam_flax.parity.report import STAGES, ParityReport, Row
-from gam_flax.parity.trace import Trace
+from gam_flax.parity.trace import Place, See, Trace
 from gam_flax.parity.training import Training, train_torch, untrained
 from gam_flax.parity.training_causes import explain_training
 from gam_flax.parity.training_flax import TrainingProgram
 
 _EXPLAINED = 3  # single steps whose causes are looked for, beside the first divergence
 _NEIGHBOURS = 7  # runs beside the given one, over which a narrow dtype's errors are collected
+_SLIGHT = 1e-6  # of the scale: what ill-conditioned layers may make of float64's rounding
 _TRAININGS = 3  # the same for training, which takes longer; in float64 as well
 
 _BEFORE_TRAINING = STAGES[: STAGES.index("running statistics")]
@@ -57,12 +58,12 @@ class Question:
         return self.dtype == "float64"
 
 
-def answer(question: Question, tell: Tell) -> ParityReport:
-    """Runs both models and judges what they give; `tell` hears what is being done."""
+def answer(question: Question, progress: Progress) -> ParityReport:
+    """Runs both models and judges what they give."""
     flax_side.check_kind(question.flax_model)
     found = configured(question)
     with comparison_settings(x64=question.exact):
-        return replace(_answer(question, tell), configuration=found)
+        return replace(_answer(question, progress), configuration=found)
 
 
 def configured(question: Question) -> dict[str, Any]:
@@ -73,39 +74,44 @@ def configured(question: Question) -> dict[str, Any]:
     return json.loads(found.to_json())
 
 
-def _answer(question: Question, tell: Tell) -> ParityReport:
+def _answer(question: Question, progress: Progress) -> ParityReport:
     model, dtype = question.torch_model, question.dtype
     pure = flax_side.pure(question.flax_model, dtype=dtype, train=question.train)
     program = flax_side.Program(
-        pure, dtype=dtype, gradients=question.gradients, loss=question.loss[1]
+        pure,
+        dtype=dtype,
+        gradients=question.gradients,
+        loss=question.loss[1],
+        tell=progress.layer,
     )
     names = Names(question.rename)
     layouts = Layouts(question.layout, _turned(question, names, pure))
     found = Findings(names, judge.Judge(dtype, question.multiple), layouts)
     found.pair(torch_side.weights(model), (pure.parameters, pure.statistics))
-    first: Evidence | None = None
+    evidence: Evidence | None = None
     samples = list(_samples(question.inputs, found.partners, dtype))
-    for number, (x, factors) in enumerate(samples, 1):
-        tell(f"forward and backward, {number} of {len(samples)}", number / (len(samples) + 1))
-        evidence = _one_run(question, found, program, x, factors)
-        first = first or evidence
+    for number, (x, factors) in enumerate(samples):
+        progress.run(number, len(samples) + 1)
+        evidence = None  # a run's activations are gone before the next
+        evidence = _one_run(question, found, program, x, factors, progress)
         if evidence.flax.error is not None:
             break
-    assert first is not None
+    assert evidence is not None
+    if question.exact and evidence.flax.error is None:
+        _weigh(question, found, program, evidence, progress)
     trainings = None
-    if question.steps and _agree_so_far(found) and first.flax.error is None:
-        tell(f"training, {question.steps} steps", 0.9)
-        trainings = _trainings(question, found, pure)
+    if question.steps and _agree_so_far(found) and evidence.flax.error is None:
+        trainings = _trainings(question, found, pure, progress)
     report = ParityReport(
         found.rows(), tuple(found.unmatched), dtype, question.train, question.multiple
     )
     if report.ok:
         return report
-    tell("looking for the cause", 0.95)
     if question.exact:
         with _one_thread():
-            return _explained(report, question, first, trainings)
-    return _with_causes_of(report, _answer(replace(question, dtype="float64"), tell))
+            return _explained(report, question, evidence, trainings, progress)
+    del evidence
+    return _with_causes_of(report, _answer(replace(question, dtype="float64"), progress))
 
 
 def _turned(question: Question, names: Names, pure: Pure) -> set[str]:
@@ -122,24 +128,53 @@ def _one_run(
     program: flax_side.Program,
     x: np.ndarray,
     factors: Mapping[str, float],
+    progress: Progress,
 ) -> Evidence:
-    """Both models on one input, twice: running freely, and Flax fed with torch's activations."""
+    """Both models on one input, twice: running freely, and Flax fed with torch's activations.
+
+    The oracle's activations are not kept: each is compared as it comes.
+    """
     model, dtype = question.torch_model, question.dtype
-    options: dict[str, Any] = {"rounded_to": dtype, "train": question.train}
-    free = {"gradients": question.gradients, "loss": question.loss[0], **options}
-    oracle = own = torch_side.run(model, x, factors, dtype="float64", **free)
-    if not question.exact:
-        own = torch_side.run(model, x, factors, dtype=dtype, **free)
-    found.weights(oracle)
-    flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
-    flax = program(x, flax_factors)
-    found.forward(own, flax, oracle)
-    fed = program.fed(x, flax_factors, found.as_flax_has_it(own, flax))
-    truth = own
-    if not question.exact:
-        truth = torch_side.run(
-            model, x, factors, dtype="float64", gradients=False, fed=own, **options
+
+    def run(stage: str, dtype: str, **options: Any) -> Trace:
+        progress.stage(stage)
+        same: dict[str, Any] = {"rounded_to": question.dtype, "train": question.train}
+        return torch_side.run(
+            model, x, factors, dtype=dtype, tell=progress.layer, **same, **options
         )
+
+    free = {"gradients": question.gradients, "loss": question.loss[0]}
+    own = run(f"torch in {dtype}", dtype, **free)
+    found.weights(own)
+    flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
+    progress.stage("Flax")
+    flax = program(x, flax_factors)
+
+    def compared(is_input: bool, place: Place, truth: np.ndarray) -> None:
+        if not is_input:
+            found.layer(place, own, flax, truth)
+
+    if question.exact:
+        oracle = own
+        _shown_again(own, compared, progress, "comparing")
+    else:
+        oracle = run("torch in float64, and comparing", "float64", see=compared, **free)
+    found.forward(own, flax, oracle)
+    given = found.as_flax_has_it(own, flax)
+    flax.forget_layers()
+    progress.stage("Flax, fed with torch's activations")
+    fed = program.fed(x, flax_factors, given)
+    del given
+
+    def stepped(is_input: bool, place: Place, truth: np.ndarray) -> None:
+        found.step(is_input, place, own, fed, truth)
+
+    if question.exact:
+        truth = own
+        _shown_again(own, stepped, progress, "comparing single steps")
+    else:
+        said = "torch in float64, fed, and comparing single steps"
+        truth = run(said, "float64", gradients=False, fed=own, see=stepped)
     found.single_step(own, fed, truth)
     if flax.error is not None:
         found.raised(flax.error)
@@ -163,12 +198,62 @@ def _one_run(
     )
 
 
+def _weigh(
+    question: Question,
+    found: Findings,
+    program: flax_side.Program,
+    evidence: Evidence,
+    progress: Progress,
+) -> None:
+    """Where float64 falls a little short, asks what it can do: torch's own answer to neighbours is
+    its error. A norm over two values brings a rounding up to any size.
+    """
+    apart = [row.max_error for row in found.rows() if row.verdict == "fail"]
+    if not apart or max(apart) > _SLIGHT:
+        return
+    flax, fed, own = program(question.inputs, {}), evidence.fed, evidence.own
+    for x, factors in _samples(question.inputs, found.partners, "float64", _TRAININGS, near=True):
+        progress.stage("torch beside the input")
+        near = torch_side.run(
+            question.torch_model,
+            x,
+            factors,
+            dtype="float64",
+            rounded_to="float64",
+            train=question.train,
+            gradients=question.gradients,
+            loss=question.loss[0],
+            tell=progress.layer,
+        )
+        for is_input, place in own.order:
+            truth = (own.inputs if is_input else own.layers)[place]
+            found.step(is_input, place, near, fed, truth)
+            if not is_input:
+                found.layer(place, near, flax, truth)
+        found.forward(near, flax, own)
+        found.single_step(near, fed, own)
+        if question.gradients and _same_outputs(flax, own):
+            found.gradients(near, flax, own)
+        if question.train:
+            found.statistics(near, flax, own)
+
+
+def _shown_again(own: Trace, see: See, progress: Progress, stage: str) -> None:
+    """Goes through what torch's layers took and gave, as in a run."""
+    progress.stage(stage)
+    for is_input, place in own.order:
+        progress.layer(place[0])
+        see(is_input, place, (own.inputs if is_input else own.layers)[place])
+
+
 def _agree_so_far(found: Findings) -> bool:
     """Whether training can tell more: models that differ train differently."""
     return all(row.ok for row in found.rows() if row.stage in _BEFORE_TRAINING)
 
 
-def _trainings(question: Question, found: Findings, pure: Pure) -> tuple[Training, Training] | None:
+def _trainings(
+    question: Question, found: Findings, pure: Pure, progress: Progress
+) -> tuple[Training, Training] | None:
     """Trains both; returns both trainings on the given input, where the dtype is float64.
 
     In float64 torch trains on neighbours too: Adam brings rounding up, and its own error tells by
@@ -200,7 +285,8 @@ def _trainings(question: Question, found: Findings, pure: Pure) -> tuple[Trainin
     }
     samples = list(_samples(question.inputs, found.partners, dtype, _TRAININGS))
     pairs = []
-    for x, factors in samples:
+    for number, (x, factors) in enumerate(samples, 1):
+        progress.stage(f"training, {question.steps} steps, {number} of {len(samples)}")
         oracle = train_torch(model, x, factors, dtype="float64", **options)
         flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
         pairs.append((oracle, program(x, flax_factors)))
@@ -262,11 +348,17 @@ def _explained(
     question: Question,
     evidence: Evidence,
     trainings: tuple[Training, Training] | None,
+    progress: Progress,
 ) -> ParityReport:
     """With the causes of the first divergence, and of the first single steps that diverge."""
     first = report.first_divergence
     chosen = [row for row in report.rows if row.stage == "single-step" and not row.ok][:_EXPLAINED]
-    causes = {id(row): _try_explain(row, evidence) for row in (first, *chosen) if row is not None}
+    causes: dict[int, tuple[str, ...]] = {}
+    for row in (first, *chosen):
+        if row is not None and id(row) not in causes:
+            progress.stage("looking for the cause")
+            progress.layer(row.path)
+            causes[id(row)] = _try_explain(row, evidence)
     if first is not None and first.stage in _TRAINING and trainings is not None:
         causes[id(first)] = explain_training(
             question.torch_model,

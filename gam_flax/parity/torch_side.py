@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from typing import Any
+from weakref import ref
 
 import numpy as np
 
@@ -14,10 +15,12 @@ from gam_flax.convert.torch_file import to_numpy
 from gam_flax.parity.trace import (
     Calls,
     Fed,
+    See,
     Trace,
     channels_first,
     channels_last,
     cotangent,
+    lean,
     tensors,
     wide,
 )
@@ -50,6 +53,8 @@ def run(
     gradients: bool,
     loss: Callable[[Any], Any] | None = None,
     fed: Trace | None = None,
+    see: See | None = None,
+    tell: Callable[[str], None] = lambda path: None,
 ) -> Trace:
     """One forward, and one backward where `gradients` are wanted, of a copy of `model` on the CPU.
 
@@ -61,6 +66,8 @@ def run(
         factors: what parameters and buffers are multiplied with before they are rounded.
         loss: of the output; None for Σ output · cotangent.
         fed: the run whose activations every layer is given instead of its own.
+        see: takes what the layers are given and give, as it comes; the trace then has none of it.
+        tell: hears the path of each layer.
 
     Raises:
         ValueError: the forward draws random numbers.
@@ -82,9 +89,10 @@ def run(
     pixels = cast(torch.from_numpy(channels_first(x).copy()))
     pixels.requires_grad_(gradients and pixels.is_floating_point())
 
-    calls = Calls(keep=_numpy)
+    keep = _Copies() if see is None else _view
+    calls = Calls(keep, see=see, tell=tell)
     if fed is not None:
-        calls = Fed(fed.inputs, fed.layers, _adopt, keep=_numpy)
+        calls = Fed(fed.inputs, fed.layers, _adopt, keep, see=see, tell=tell)
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         _watch(copy, calls, _refuse_draws(torch.get_rng_state()))
         output = copy(pixels)
@@ -107,7 +115,7 @@ def _adopt(array: np.ndarray, own: Any) -> Any:
     import torch
 
     fits = own.is_floating_point() and tuple(own.shape) == array.shape
-    return torch.from_numpy(array.copy()).to(own.dtype) if fits else own
+    return torch.from_numpy(np.array(array, np.float64)).to(own.dtype) if fits else own
 
 
 def _watch(model: Any, calls: Calls, check: Callable[[str], None]) -> None:
@@ -170,12 +178,32 @@ def _backward(model: Any, pixels: Any, roots: list[tuple[Any, Any]], trace: Trac
         trace.loss = np.asarray(sum(terms))
         found = torch.autograd.grad(tops, leaves, weights, allow_unused=True)
     arrays = [
-        np.zeros(tuple(leaf.shape)) if gradient is None else _numpy(gradient)
+        np.zeros(tuple(leaf.shape)) if gradient is None else _view(gradient)
         for leaf, gradient in zip(leaves, found, strict=True)
     ]
     trace.gradients = dict(zip(wanted, arrays, strict=False))
     if pixels.requires_grad:
         trace.input_gradient = channels_last(arrays[-1])
+
+
+class _Copies:
+    """Tensors as arrays of their own, for torch may write over the original later; one that comes
+    again unchanged is the same array."""
+
+    def __init__(self):
+        self._made: dict[int, tuple[Any, int, np.ndarray]] = {}
+
+    def __call__(self, tensor: Any) -> np.ndarray:
+        alive, version, array = self._made.get(id(tensor), (lambda: None, 0, None))
+        if alive() is tensor and version == tensor._version and array is not None:
+            return array
+        array = _view(tensor).copy()
+        self._made[id(tensor)] = ref(tensor), tensor._version, array
+        return array
+
+
+def _view(tensor: Any) -> np.ndarray:
+    return lean(to_numpy(tensor, "an output"))
 
 
 def _numpy(tensor: Any) -> np.ndarray:

@@ -20,7 +20,8 @@ Place = tuple[str, str]
 
 @dataclass
 class Trace:
-    """One run of one model, in float64 or complex128 whatever it was computed in.
+    """One run of one model, floating tensors in the dtype that they were computed in, all others in
+    float64. A tensor that is handed on unchanged is one array under all its names.
 
     inputs: what every call of every layer was given, but the model itself, in the order of entry.
     layers: what every such call returned, in the order of return.
@@ -42,40 +43,68 @@ class Trace:
     statistics: dict[str, np.ndarray] = field(default_factory=dict)
     error: Exception | None = None
 
+    def forget_layers(self) -> None:
+        """Lets go of what the layers took and gave, which is most of the memory."""
+        self.inputs, self.layers, self.order = {}, {}, []
+
+
+See = Callable[[bool, Place, Any], None]
+"""Is told of each tensor that a layer takes (True) or gives (False), as it comes."""
+
 
 class Calls:
-    """Watches the calls of layers. `keep` is applied to each tensor at once.
+    """Watches the calls of layers.
 
     Around every call stand `enter`, which returns the arguments to call with, and `leave`, which
     returns what the caller is to get.
+
+    Args:
+        keep: is applied to each tensor at once.
+        see: takes each tensor, which is not stored then.
+        tell: hears the path of each layer that is entered.
     """
 
-    def __init__(self, keep: Callable[[Any], Any] = lambda tensor: tensor):
+    def __init__(
+        self,
+        keep: Callable[[Any], Any] = lambda tensor: tensor,
+        *,
+        see: See | None = None,
+        tell: Callable[[str], None] = lambda path: None,
+    ):
         self.inputs: dict[Place, Any] = {}
         self.outputs: dict[Place, Any] = {}
         self.order: list[tuple[bool, Place]] = []
-        self._keep = keep
+        self._keep, self._see, self._tell = keep, see or self._store, tell
         self._counts: Counter[str] = Counter()
         self._running: dict[str, list[str]] = {}
 
     def enter(self, path: str, args: tuple) -> tuple:
         """Notes the arguments of one more call of the layer at `path`."""
+        self._tell(path)
         self._counts[path] += 1
         call = self._counts[path]
         mark = f"#{call}" if call > 1 else ""
         self._running.setdefault(path, []).append(mark)
         for part, tensor in arguments(args):
-            self.inputs[path, mark + part] = self._keep(tensor)
-            self.order.append((True, (path, mark + part)))
+            self._see(True, (path, mark + part), self._keep(tensor))
         return args
 
     def leave(self, path: str, output: Any) -> Any:
         """Notes the output of the call that was entered last."""
         mark = self._running[path].pop()
         for part, tensor in tensors(output):
-            self.outputs[path, mark + part] = self._keep(tensor)
-            self.order.append((False, (path, mark + part)))
+            self._see(False, (path, mark + part), self._keep(tensor))
         return output
+
+    @property
+    def innermost(self) -> str:
+        """The path of the layer that was entered last and has not returned, "" for none."""
+        running = [path for path, marks in self._running.items() if marks]
+        return running[-1] if running else ""
+
+    def _store(self, is_input: bool, place: Place, tensor: Any) -> None:
+        (self.inputs if is_input else self.outputs)[place] = tensor
+        self.order.append((is_input, place))
 
 
 class Fed(Calls):
@@ -87,6 +116,7 @@ class Fed(Calls):
     Args:
         inputs, outputs: place → tensor of the other model, in this one's layout.
         adopt: (the other's tensor, this one's) → what is used instead of this one's.
+        keep, watched: as for `Calls`.
     """
 
     def __init__(
@@ -95,8 +125,9 @@ class Fed(Calls):
         outputs: Mapping[Place, Any],
         adopt: Callable[[Any, Any], Any],
         keep: Callable[[Any], Any] = lambda tensor: tensor,
+        **watched: Any,
     ):
-        super().__init__(keep)
+        super().__init__(keep, **watched)
         self._inputs, self._outputs, self._adopt = inputs, outputs, adopt
 
     def enter(self, path: str, args: tuple) -> tuple:
@@ -150,9 +181,15 @@ def tensors(value: Any, part: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def wide(array: Any) -> np.ndarray:
-    """As float64, or complex128 where it is complex."""
+    """As float64, or complex128 where it is complex; itself where it is that."""
     array = np.asarray(array)
-    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64)
+    return array.astype(np.complex128 if array.dtype.kind == "c" else np.float64, copy=False)
+
+
+def lean(array: Any) -> np.ndarray:
+    """As it is where it is floating or complex, else `wide`."""
+    array = np.asarray(array)
+    return array if array.dtype.kind in "fcV" else wide(array)  # numpy files bfloat16 under V
 
 
 def cotangent(part: str, shape: tuple[int, ...]) -> np.ndarray:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from flax import nnx
+from flax import linen, nnx
 
 from gam_flax.parity import compare
 from tests.parity.networks import (
@@ -173,6 +173,38 @@ def test_random_forwards_are_refused_by_the_layer_that_draws():
         compare(functional, twin, X[:, 0, 0])
     assert torch.equal(torch.get_rng_state(), state)
     assert compare(model, nnx_net(model), X).ok  # nothing is drawn in evaluation
+
+
+def test_a_linen_dropout_is_refused_by_its_name():
+    class Net(linen.Module):
+        @linen.compact
+        def __call__(self, x, deterministic=True):
+            return linen.Dropout(0.5, name="drop")(linen.Dense(3, name="fc")(x), deterministic)
+
+    model = torch.nn.Sequential()
+    model.fc = torch.nn.Linear(3, 3)
+    weight, bias = (p.detach().numpy() for p in model.fc.parameters())
+    twin = Net(), {"params": {"fc": {"kernel": weight.T, "bias": bias}}}
+    assert compare(model, twin, X[:, 0, 0]).ok
+    with pytest.raises(ValueError, match="^drop draws random numbers in Flax.*rate to 0"):
+        compare(model, twin, X[:, 0, 0], train=True)
+
+
+def test_a_dropout_that_flax_alone_applies_is_named():
+    model = torch.nn.Sequential()
+    model.drop, model.fc = torch.nn.Dropout(0.5), torch.nn.Linear(3, 3)
+
+    class Net(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+            self.fc = nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+
+        def __call__(self, x):
+            return self.fc(self.drop(x, deterministic=False))
+
+    report = compare(model, fill(Net(), model), X[:, 0, 0])
+    assert report.first_divergence.path == "drop"
+    assert "Dropout draws" in report.first_divergence.causes[0]
 
 
 def test_arguments_of_other_kinds_are_refused():
