@@ -96,7 +96,8 @@ def compare(
 
     Raises:
         TypeError: models of other kinds.
-        ValueError: an unknown dtype; a torch forward that draws random numbers (Dropout in
+        ValueError: an unknown dtype; inputs that are not one array with numbers; an output without
+            tensors; a torch forward that draws random numbers (Dropout in
             training), which two frameworks cannot draw alike.
         Exception: whatever the torch forward raises; and the Flax forward, unless a row
             diverges before it, which is then the news: the last row has verdict "raised".
@@ -107,6 +108,12 @@ def compare(
         raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
     if not isinstance(torch_model, torch.nn.Module):
         raise TypeError(f"torch_model must be a torch.nn.Module, got {type(torch_model).__name__}")
+    if isinstance(torch_model, torch.jit.ScriptModule) or hasattr(torch_model, "_orig_mod"):
+        raise TypeError(
+            "torch_model is scripted or compiled, so that its layers cannot be watched: give the "
+            "module that it was made of"
+        )
+    array = _one_array(inputs)
     if steps < 0:
         raise ValueError(f"steps must be 0 (no training) or more, got {steps}")
     recipe(optimizer)
@@ -115,7 +122,7 @@ def compare(
     question = Question(
         torch_model=torch_model,
         flax_model=flax_model,
-        inputs=np.asarray(inputs),
+        inputs=array,
         train=train,
         gradients=gradients or steps > 0,
         dtype=dtype,
@@ -128,6 +135,19 @@ def compare(
     )
     with progress_bar(progress) as bar:
         return answer(question, bar)
+
+
+def _one_array(inputs: Any) -> np.ndarray:
+    """The input as an array that a model can be asked of."""
+    try:
+        array = np.asarray(inputs)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(f"inputs must be one array, channels last: {error}") from error
+    if array.dtype.kind not in "biufV" or array.ndim == 0:
+        raise ValueError(f"inputs must be one array of numbers, got {type(inputs).__name__}")
+    if not array.size:
+        raise ValueError(f"inputs has no numbers in it, its shape is {array.shape}")
+    return array
 
 
 def assert_parity(

@@ -12,9 +12,10 @@ from gam_flax.convert import leaves
 from gam_flax.parity import judge
 from gam_flax.parity.align import Layout, Layouts, Names
 from gam_flax.parity.causes import INPUT
+from gam_flax.parity.pure import is_float
 from gam_flax.parity.report import STAGES, Row, Unmatched
 from gam_flax.parity.trace import Place, Trace, channels_last, cotangent, wide
-from gam_flax.parity.training import Training, laid
+from gam_flax.parity.training import STEP, Training, laid
 
 # Stages whose tensors are of one kind: one of them is noise beside the largest of its group.
 _GROUPS = {
@@ -58,6 +59,7 @@ class Findings:
         self._terms = 0.0  # the loss is a sum of terms that cancel; this is without their signs
         self.layouts = layouts
         self.tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
+        self._buffers: Mapping[str, np.ndarray] = {}
         self._layer_errors: dict[str, float] = {}  # layer → torch's largest error in its gradients
         self._odd: dict[Place, tuple[tuple, tuple]] = {}  # inputs of other shapes than Flax's
         self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
@@ -100,12 +102,14 @@ class Findings:
             found = replace(found, torch=self._layer_errors[leaves.split(path)[0]])
         if stage == "single-step":  # one layer is allowed what torch needs for all up to it
             free = self._found.get(("forward", path.removesuffix(INPUT)))
+            free = free or self._found.get(("output", path))
             if isinstance(free, tuple):
                 found = replace(found, torch=max(found.torch, free[1].torch))
         return self._judge.row(stage, path, shape, found, scale, kind)
 
     def pair(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
         """Finds the partners of parameters, which must have one, and of buffers."""
+        self._buffers = torch[1]
         for kind, tensors, partners in zip(("parameter", "buffer"), torch, flax, strict=True):
             for key, tensor in tensors.items():
                 name = self.names.leaf(key, partners)
@@ -214,7 +218,9 @@ class Findings:
         for (field, key), (truth, partner) in truths.items():
             path = "losses" if field == "losses" else key
             self._measure(_TRAINED[field], path, mine[field, key][0], partner, truth)
-        for key in {*oracle.optimizer_state} ^ {*flax.optimizer_state}:
+        for key in sorted({*oracle.optimizer_state} ^ {*flax.optimizer_state}):
+            if key == STEP:
+                continue  # a schedule counts where the optimizer does not
             side = "Flax" if key in oracle.optimizer_state else "torch"
             if not flax.unnamed:
                 self._nothing("missing", f"not in {side}", "optimizer state", key, ())
@@ -244,7 +250,13 @@ class Findings:
         self._tensors("gradients", own.gradients, flax.gradients, oracle.gradients)
 
     def statistics(self, own: Trace, flax: Trace, oracle: Trace) -> None:
-        """The buffers after the pass."""
+        """The buffers after the pass; one that it has changed must have a partner."""
+        for key, after in oracle.statistics.items():
+            if key in self.partners or not is_float(self._buffers[key]):
+                continue
+            before = wide(self._buffers[key].astype(self._judge.dtype))
+            if not np.array_equal(before, wide(after), equal_nan=True):
+                self._nothing("missing", "not in Flax", "running statistics", key, after.shape)
         three = own.statistics, flax.statistics, oracle.statistics
         self._tensors("running statistics", *three)
 

@@ -21,6 +21,9 @@ from gam_flax.parity.judge import gap, magnitude
 NEAR = 1e-9
 """Two tensors are one where they differ by no more than this part of their largest number."""
 
+Like = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
+
+_BUDGET = 3e8  # numbers that the expressions of one search may have, a few seconds
 LATEST = 8  # known tensors from which expressions are built
 _JOINED = 6  # of them, those that are joined in pairs
 _NOTHING = "nothing"
@@ -42,19 +45,46 @@ def explain_glue(
     known: dict[str, np.ndarray],
     torch: np.ndarray,
     flax: np.ndarray,
-    lay: Callable[[np.ndarray], np.ndarray],
+    like: Like,
 ) -> tuple[str, ...]:
     """Why `flax` is not `torch`, where both are made from `known`; () where nothing fits.
 
     Args:
         known: name → tensor, in torch's layout, the latest last; all are the same on both sides.
         torch, flax: what each makes of them, each in its own layout.
-        lay: torch's layout → Flax's.
+        like: (torch's, Flax's) → how a tensor of torch's is laid out as Flax's.
     """
-    truth, other = lay_safely(lay, torch), flax
+    lay = like(torch, flax)
     by_relation = tuple(relations(torch, flax, lay))
+    found = _found(known, torch, flax, like)
+    if {"torch", "flax"} <= found.keys() and found["torch"] != found["flax"]:
+        return (_difference(found["torch"], found["flax"]), *by_relation)
+    if by_relation:
+        return by_relation
+    return _one_side(known, torch, flax, lay, found)
+
+
+def _found(
+    known: dict[str, np.ndarray],
+    torch: np.ndarray,
+    flax: np.ndarray,
+    like: Like,
+) -> dict[str, Expression]:
+    """The expressions that are torch's tensor and Flax's: "torch", "flax", or what was found.
+
+    The first example of the batch tells; the search ends where it has cost enough.
+    """
+    latest = dict([*known.items()][-LATEST:])
+    if len({array.shape[:1] for array in (torch, flax, *latest.values())}) == 1 and torch.ndim:
+        torch, flax = torch[:1], flax[:1]
+        latest = {name: array[:1] for name, array in latest.items()}
+    lay = like(torch, flax)
+    truth, other, spent = lay_safely(lay, torch), flax, 0
     found: dict[str, Expression] = {}
-    for expression, value in _expressions(known, {torch.size, flax.size}):
+    for expression, value in _expressions(latest, {torch.size, flax.size}):
+        spent += value.size
+        if spent > _BUDGET:
+            break
         laid = lay_safely(lay, value)
         if laid is None:
             continue
@@ -65,11 +95,7 @@ def explain_glue(
         both = found.get("torch"), found.get("flax")
         if all(both) and both[0].base == both[1].base:  # type: ignore[union-attr]
             break
-    if {"torch", "flax"} <= found.keys() and found["torch"] != found["flax"]:
-        return (_difference(found["torch"], found["flax"]), *by_relation)
-    if by_relation:
-        return by_relation
-    return _one_side(known, torch, flax, lay, found)
+    return found
 
 
 def _difference(torch: Expression, flax: Expression) -> str:
@@ -128,7 +154,8 @@ def relations(
     big = np.abs(truth) > 1e-6 * magnitude(truth)
     ratios = flax[big] / truth[big]
     if ratios.size and np.ptp(ratios) <= NEAR * abs(ratios[0]) and near(truth * ratios[0], flax):
-        yield f"Flax has {ratios[0]:.6g} × torch's"
+        if f"{ratios[0]:.6g}" != "1":
+            yield f"Flax has {ratios[0]:.6g} × torch's"
         return
     for dtype in (ml_dtypes.bfloat16, np.float16, np.float32):
         with np.errstate(over="ignore"):
@@ -181,11 +208,24 @@ def channel_order(torch: np.ndarray, flax: np.ndarray, axis: int = -1) -> list[i
     coarse = 1e-9 * max(map(magnitude, marks)) or 1.0
     ranks = [np.argsort(np.round(mark / coarse), kind="stable") for mark in marks]
     order = np.empty(len(mine), int)
-    order[ranks[1]] = ranks[0]  # equal channels, such as dead ones, in the order they stand in
+    order[ranks[1]] = ranks[0]
+    _continued(order, np.round(marks[0] / coarse))
     limits = NEAR * np.maximum(np.abs(other).max(1, initial=0.0), 1e-300)
     if (np.abs(mine[order] - other).max(1, initial=0.0) > limits).any():
         return None
     return order.tolist()
+
+
+def _continued(order: np.ndarray, marks: np.ndarray) -> None:
+    """Exchanges equal channels, such as dead ones, so that what follows one another stays so."""
+    at = np.argsort(order)
+    for direction in (1, -1):
+        for i in range(len(order))[::direction][1:]:
+            wanted, now = order[i - direction] + direction, order[i]
+            if 0 <= wanted < len(order) and wanted != now and marks[wanted] == marks[now]:
+                j = at[wanted]
+                order[i], order[j] = wanted, now
+                at[wanted], at[now] = i, j
 
 
 def _ranges(order: list[int]) -> str:

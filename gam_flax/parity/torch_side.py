@@ -95,8 +95,13 @@ def run(
         calls = Fed(fed.inputs, fed.layers, _adopt, keep, see=see, tell=tell)
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         _watch(copy, calls, _refuse_draws(torch.get_rng_state()))
-        output = copy(pixels)
+        output = copy(pixels.clone())  # which the model may write over
     outputs = dict(tensors(output))
+    if not outputs:
+        raise ValueError(
+            f"the torch model returns a {type(output).__name__}, in which no tensor is found: "
+            "wrap it into a module that returns tensors, in tuples, dictionaries or dataclasses"
+        )
     trace = Trace(
         inputs=calls.inputs,
         layers=calls.outputs,

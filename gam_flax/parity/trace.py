@@ -8,7 +8,7 @@ from __future__ import annotations
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any
 
 import numpy as np
@@ -169,7 +169,7 @@ def exchanged(value: Any, swap: Callable[[str, Any], Any], part: str = "") -> An
 
 
 def tensors(value: Any, part: str = "") -> Iterator[tuple[str, Any]]:
-    """The tensors in nested tuples, lists and dictionaries, each with the way to it."""
+    """The tensors in nested tuples, lists, mappings and dataclasses, each with the way to it."""
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         yield part, value
     elif isinstance(value, Mapping):
@@ -178,6 +178,9 @@ def tensors(value: Any, part: str = "") -> Iterator[tuple[str, Any]]:
     elif isinstance(value, (tuple, list)):
         for i, item in enumerate(value):
             yield from tensors(item, f"{part}[{i}]")
+    elif is_dataclass(value) and not isinstance(value, type):
+        for field_ in fields(value):
+            yield from tensors(getattr(value, field_.name), f"{part}[{field_.name}]")
 
 
 def wide(array: Any) -> np.ndarray:
@@ -196,7 +199,7 @@ def cotangent(part: str, shape: tuple[int, ...]) -> np.ndarray:
     """What an output is multiplied with in the loss: fixed, between -1 and 1, and in steps of
     1/8, which every dtype holds exactly."""
     rng = np.random.default_rng(zlib.crc32(part.encode()))
-    return rng.integers(-8, 9, shape) / 8
+    return np.asarray(rng.integers(-8, 9, shape) / 8)
 
 
 def channels_last(array: np.ndarray) -> np.ndarray:

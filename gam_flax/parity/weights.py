@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import permutations
 
+import ml_dtypes
 import numpy as np
 
 from gam_flax.convert import leaves
@@ -12,7 +13,6 @@ from gam_flax.parity.align import Layouts, flattenings
 from gam_flax.parity.glue import channel_order, near
 
 _SHOWN = 4  # channels that a message names
-_PRECISIONS = {"bfloat16": 2.0**-8, "float16": 2.0**-11, "float32": 2.0**-24}
 
 
 def explain_weight(
@@ -121,10 +121,11 @@ def _values(laid: np.ndarray, flax: np.ndarray) -> Iterator[str]:
         yield "Flax's is all ones, as if it had not been loaded"
         return
     sizes = np.abs(laid)
-    apart = np.abs(laid - flax)
-    for name, unit in reversed(_PRECISIONS.items()):
-        if (apart <= unit * sizes).all():
-            yield f"rounded to {name}"
+    for dtype in (np.float32, np.float16, ml_dtypes.bfloat16):
+        with np.errstate(over="ignore"):
+            rounded = laid.astype(dtype).astype(laid.dtype)
+        if np.array_equal(rounded, flax):
+            yield f"rounded to {np.dtype(dtype).name}"
             return
     large = sizes > 1e-6 * sizes.max(initial=0)
     ratio = flax[large] / laid[large]
