@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, replace
 
 import ml_dtypes
 import numpy as np
@@ -41,7 +41,7 @@ class Gauge:
     nan: bool
 
     def __or__(self, other: Gauge) -> Gauge:
-        return Gauge(*map(max, astuple(self), astuple(other)))
+        return Gauge(*map(max, vars(self).values(), vars(other).values()))
 
 
 def gauge(torch: np.ndarray, flax: np.ndarray, oracle: np.ndarray) -> Gauge:
