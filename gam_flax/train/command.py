@@ -27,8 +27,14 @@ def train(
         str, Option(help='JSON: further arguments of the network, {"identity_start": true}.')
     ] = "{}",
     init: Annotated[Path | None, Option(help="Weights to start from, PyTorch's or ours.")] = None,
+    variant: Annotated[
+        str | None, Option(help="Of --init's attention, where its weights cannot tell.")
+    ] = None,
     fresh: Annotated[
         list[str] | None, Option(help="Layers that --init does not fill; by default the last.")
+    ] = None,
+    init_step: Annotated[
+        int | None, Option(help="Go on after so many of torch's steps, optimizer included.")
     ] = None,
     epochs: int = 10,
     batch_size: Annotated[int, Option(help="Of all devices together.")] = 128,
@@ -67,7 +73,9 @@ def train(
         dtype=dtype,
         remat=remat,
         init=None if init is None else str(init),
+        variant=variant,
         fresh=None if fresh is None else tuple(fresh),
+        init_step=init_step,
         epochs=epochs,
         batch_size=batch_size,
         accumulate=accumulate,

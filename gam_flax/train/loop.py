@@ -21,6 +21,7 @@ from gam_flax.train.data import DataSet, read_data
 from gam_flax.train.diagnosis import where_it_began
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.fit import Result
+from gam_flax.train.handover import going_on
 from gam_flax.train.metrics import MetricLines, read_metrics
 from gam_flax.train.network import build_network
 from gam_flax.train.pipeline import evaluation_batches, stream, training_batches
@@ -57,17 +58,19 @@ def run(
         folder = stack.enter_context(opened(out, settings, force=force))
         steps = _compiled(settings, data, mesh, per_epoch, say)
         checkpoints = stack.enter_context(closing(Checkpoints(folder.checkpoints, say)))
-        initial = steps.initial()
+        initial = going_on(steps.initial(), settings)
         state = checkpoints.restore_latest(initial)
-        first = 0 if state is None else int(state.step)
-        say(f"{out}: {'a new run' if state is None else f'going on from step {first}'}")
+        new = state is None
+        state = initial if state is None else state
+        first = int(state.step)
+        say(f"{out}: {'a new run' if new and not first else f'going on from step {first}'}")
         training = Training(settings, data, mesh, steps, per_epoch, save_every, workers)
         training.checkpoints, training.say = checkpoints, say
         training.lines = stack.enter_context(closing(MetricLines(folder.metrics, until=first)))
         total = settings.epochs * per_epoch
         training.bar = stack.enter_context(Progress(console, total, first))
         training.stop = stack.enter_context(StopRequest())
-        state = training.from_step(first, total, initial if state is None else state)
+        state = training.from_step(first, total, state)
         step = int(state.step)
         checkpoints.wait()
         if checkpoints.latest_step() != step:

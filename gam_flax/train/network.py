@@ -71,9 +71,11 @@ def _stem(name: str, side: int) -> dict[str, Any]:
 def _fill(model: nnx.Module, settings: Settings, say: Callable[[str], None]) -> None:
     source = open_source(settings.init)
     keep = settings.fresh
-    if keep is None:
+    if settings.init_step is not None:
+        keep = ()
+    elif keep is None:
         head = "fc" if isinstance(model, ResNet) else "classifier"
         keep = (head,) if identify(source) else (head, "attention")
-    report = load_torch(model, source, keep=keep)
+    report = load_torch(model, source, variant=settings.variant, keep=keep)
     fresh = ", ".join(keep) or "nothing"
     say(f"{shorten(settings.init)}: {len(report.mapped)} tensors loaded; new: {fresh}")

@@ -39,8 +39,11 @@ class Settings:
             that takes JAX_ENABLE_X64=1.
         remat: compute each block once more in the backward pass: less memory, more time.
         init: checkpoint to start from, PyTorch's or ours.
+        variant: of the attention in `init`, where its weights cannot tell, see `load_torch`.
         fresh: layers that do not take their weights from `init`, see `load_torch`'s `keep`; None
             for the last layer, and the attention where `init` has none.
+        init_step: go on after so many steps that torch made: all weights come from `init`, a
+            PyTorch file that also has the optimizer's state_dict under "optimizer".
         epochs: how often each picture is seen.
         batch_size: pictures a step, of all devices and hosts together.
         accumulate: the batch goes through the network in so many parts, and its gradient is their
@@ -75,7 +78,9 @@ class Settings:
     dtype: str = "float32"
     remat: bool = False
     init: str | None = None
+    variant: str | None = None
     fresh: tuple[str, ...] | None = None
+    init_step: int | None = None
     epochs: int = 10
     batch_size: int = 128
     accumulate: int = 1
@@ -105,6 +110,8 @@ class Settings:
         _check(0 <= self.warmup < self.epochs, self, "warmup", f"fewer than {self.epochs} epochs")
         for name in ("momentum", "label_smoothing", "ema"):
             _check(0 <= (getattr(self, name) or 0) < 1, self, name, "at least 0 and below 1")
+        goes_on = self.init_step is None or (self.init is not None and self.init_step > 0)
+        _check(goes_on, self, "init_step", "1 or more, with init")
         whole = self.batch_size % self.accumulate == 0
         _check(whole, self, "accumulate", f"a divisor of the batch size, {self.batch_size}")
 
