@@ -136,7 +136,7 @@ def test_a_block_keeps_its_arguments_under_their_names():
 
 FLOORS = [
     ["ops", "preprocess"],
-    ["attention"],
+    ["attention", "optimize"],
     ["linen", "models"],
     ["convert"],
     ["parity", "train"],
@@ -182,7 +182,7 @@ HOMES = homes()
 
 @each(sources(FLAX))
 def test_arrows(file):
-    """cli → costs, demo → train, parity → convert → models, linen → attention → ops, never back."""
+    """cli → costs, demo → train, parity → convert → models, linen → attention, optimize → ops, never back."""
     part = file.relative_to(FLAX).parts[0].removesuffix(".py")
     if part == "__init__":
         assert {name for name, _ in imports(file)} == {"lazy_loader"}
@@ -198,7 +198,7 @@ def test_arrows(file):
             continue
         other = HOMES.get(rest, name).split(".")[1]
         assert other == part or FLOOR[other] < FLOOR[part], f"{part} reaches {name}"
-        if part == "convert" and other in ("models", "linen", "attention", "ops"):
+        if part == "convert" and other in ("models", "linen", "attention", "optimize", "ops"):
             plain_data = name == "gam_flax.attention.variants"
             assert plain_data or not early, f"{name} is imported with the file"
 
@@ -241,10 +241,11 @@ for name in convert.__all__:
         ("import gam_flax, gam_torch; dir(gam_flax), dir(gam_torch)", set()),
         ("import gam_flax.convert, gam_flax.attention, gam_flax.models, gam_flax.linen", set()),
         (EVERY_FILE_OF_CONVERT, set()),
+        ("import gam_flax.train as t; t.Settings, t.fit, t.read_data, t.draw_curves", set()),
         ("import gam_torch; gam_torch.GAM", {"torch"}),
         ("import gam_flax; gam_flax.GAM, gam_flax.linen.GAM", {"jax", "jaxlib", "flax", "optax"}),
     ],
-    ids=["packages", "parts", "convert", "gam_torch.GAM", "gam_flax.GAM"],
+    ids=["packages", "parts", "convert", "train", "gam_torch.GAM", "gam_flax.GAM"],
 )
 def test_lazy_doors(code, frameworks):
     # flax itself imports optax where that is installed
@@ -255,7 +256,7 @@ def test_lazy_doors(code, frameworks):
     "package",
     [
         *("gam_flax", "gam_flax.attention", "gam_flax.linen", "gam_flax.ops", "gam_flax.models"),
-        *("gam_flax.convert", "gam_flax.parity"),
+        *("gam_flax.convert", "gam_flax.parity", "gam_flax.train"),
         *("gam_torch", "gam_torch.attention", "gam_torch.models"),
     ],
 )
@@ -297,9 +298,9 @@ def test_annotated_shapes_are_checked():
     import torch
 
     import gam_torch
-    from gam_flax.ops.conv import pad2d
+    from gam_flax.ops.conv import replicate_pad2d
 
     with pytest.raises(jaxtyping.TypeCheckError):
-        pad2d(jnp.ones((2, 2)), 1, "zeros")
+        replicate_pad2d(jnp.ones((2, 2)), 1)
     with pytest.raises(jaxtyping.TypeCheckError):
         gam_torch.GAM(8)(torch.ones(2, 2))

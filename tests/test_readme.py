@@ -35,7 +35,7 @@ def test_python_blocks_run(number, tmp_path):
     run(blocks(README)[number], tmp_path)
 
 
-@pytest.mark.parametrize("page", ["tutorial-parity.md", "networks.md"])
+@pytest.mark.parametrize("page", ["tutorial-parity.md", "networks.md", "training.md"])
 def test_pages_run_from_top_to_bottom(page, tmp_path):
     run("\n".join(blocks((ROOT / "docs" / page).read_text())), tmp_path)
 
