@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from gam_flax.convert.errors import shorten
 from gam_flax.convert.files import whole_file
+from gam_flax.train.errors import TrainingError
 
 
 class MetricLines:
@@ -26,17 +30,34 @@ class MetricLines:
         self._file = path.open("a", encoding="utf-8")
 
     def write(self, **values: Any) -> None:
-        """One line, given to the system at once, so that a killed process loses none."""
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        """One line, given to the system at once, so that a killed process loses none.
+
+        Raises:
+            TrainingError: the disk is full, or gone.
+        """
+        with self._said():
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
 
     def to_disk(self) -> None:
         """Before a checkpoint that stands for these lines."""
-        os.fsync(self._file.fileno())
+        with self._said():
+            os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Closes the file."""
-        self._file.close()
+        """Closes the file; what could not be written was said when it was to be."""
+        with suppress(OSError):
+            self._file.close()
+
+    @contextmanager
+    def _said(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise TrainingError(
+                f"{shorten(self._file.name)}: cannot be written: {error.strerror}; make room, "
+                "then the same call goes on from the last checkpoint"
+            ) from error
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
