@@ -18,4 +18,5 @@ from .models import list_models as list_models
 from .models import summarize as summarize
 from .ops import BatchNorm as BatchNorm
 from .ops import torch_default_init as torch_default_init
+from .optimize import optimize_for_inference as optimize_for_inference
 from .preprocess import preprocess_imagenet as preprocess_imagenet

@@ -182,7 +182,8 @@ HOMES = homes()
 
 @each(sources(FLAX))
 def test_arrows(file):
-    """cli → costs, demo → train, parity → convert → models, linen → attention, optimize → ops, never back."""
+    """cli → costs, demo → train, parity → convert → models, linen → attention → ops, never back;
+    optimize stands beside attention."""
     part = file.relative_to(FLAX).parts[0].removesuffix(".py")
     if part == "__init__":
         assert {name for name, _ in imports(file)} == {"lazy_loader"}

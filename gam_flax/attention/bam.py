@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -68,6 +68,9 @@ class SpatialGate(nnx.Module):
     conv1 1×1 C → C // ratio; conv2, conv3 3×3, dilated; conv4 1×1 to one channel.
     Arguments as in `BAM`.
     """
+
+    NORMS: ClassVar[dict[str, str]] = {"conv1": "norm1", "conv2": "norm2", "conv3": "norm3"}
+    """Which norm follows which convolution."""
 
     def __init__(
         self,

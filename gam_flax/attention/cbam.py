@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,6 +69,9 @@ class SpatialGate(nnx.Module):
 
     Arguments as in `CBAM`. The two maps stand in the order of `concat`.
     """
+
+    NORMS: ClassVar[dict[str, str]] = {"conv": "norm"}
+    """Which norm follows which convolution."""
 
     def __init__(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ from gam_flax.attention.common import (
 )
 from gam_flax.attention.variants import GAM_VARIANTS
 from gam_flax.ops.batch_norm import BatchNorm
-from gam_flax.ops.conv import channel_shuffle, conv2d, pad2d
+from gam_flax.ops.conv import channel_shuffle, conv2d, replicate_pad2d
 
 SHUFFLE_GROUPS = 4
 """Every published rewrite shuffles channels in four groups, whatever its other numbers."""
@@ -91,6 +91,9 @@ class SpatialAttention(nnx.Module):
             an input of other channels.
     """
 
+    NORMS: ClassVar[dict[str, str]] = {"conv1": "norm1", "conv2": "norm2"}
+    """Which norm follows which convolution."""
+
     def __init__(
         self,
         channels: int,
@@ -121,7 +124,9 @@ class SpatialAttention(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
-        conv = {"kernel_size": kernel_size, "groups": groups, "use_bias": use_bias, **types}
+        padding = kernel_size // 2 if padding_mode == "zeros" else 0
+        conv = {"kernel_size": kernel_size, "padding": padding, "groups": groups}
+        conv |= {"use_bias": use_bias, **types}
         norm = {"eps": norm_eps, "momentum": norm_momentum, **types}
         self.conv1 = conv2d(channels, hidden, **conv)
         self.norm1 = BatchNorm(hidden, **norm)
@@ -135,7 +140,10 @@ class SpatialAttention(nnx.Module):
         return jax.nn.sigmoid(self.norm2(self.conv2(self._pad(s))))
 
     def _pad(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-        return pad2d(x, self.kernel_size // 2, self.padding_mode)
+        """What the convolutions do not pad themselves, as they pad with zeros."""
+        if self.padding_mode == "zeros":
+            return x
+        return replicate_pad2d(x, self.kernel_size // 2)
 
 
 class GAM(nnx.Module):

@@ -83,11 +83,11 @@ def load_torch(
     wanted = Wanted(variant, strict, prefix, keep, rename)
     values, report, norms = match(places, source, wanted, attributes)
     for path, value in values.items():
-        _assign(variables[path], value)
+        assign(variables[path], value)
     for path, variable in variables.items():
         if path.endswith(COUNTER) and _has_no_values(variable):
-            _assign(variable, np.zeros(variable.shape, variable.dtype))
-    _begin_random_state(model)
+            assign(variable, np.zeros(variable.shape, variable.dtype))
+    begin_random_state(model)
     for path, settings in norms.items():
         changes = _adopt(modules.get(path), settings)
         if changes:
@@ -155,7 +155,7 @@ def _transposed(source: Any) -> list[str]:
     return [path for path, module in modules if type(module).__name__ in _TRANSPOSED]
 
 
-def _assign(variable: Any, value: np.ndarray) -> None:
+def assign(variable: Any, value: np.ndarray) -> None:
     import jax
 
     old = variable.get_value()  # shapes alone, where the model comes from nnx.eval_shape
@@ -163,7 +163,7 @@ def _assign(variable: Any, value: np.ndarray) -> None:
     variable.set_value(jax.device_put(new, old.sharding if isinstance(old, jax.Array) else None))
 
 
-def _begin_random_state(model: nnx.Module) -> None:
+def begin_random_state(model: nnx.Module) -> None:
     """Gives dropout its keys, from seed 0, where the model comes from `nnx.eval_shape`."""
     import jax
     import jax.numpy as jnp

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.convert.checkpoint import read_checkpoint
+from gam_flax.convert.checkpoint import Checkpoint, read_checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import write_safetensors
-from gam_flax.convert.flax_paths import arrays, nnx_modules, turned_kernels
-from gam_flax.convert.into_flax import load_torch
+from gam_flax.convert.flax_paths import arrays, nnx_modules, nnx_variables, turned_kernels
+from gam_flax.convert.into_flax import assign, begin_random_state, load_torch
 from gam_flax.convert.source import told_by_attributes
 
 if TYPE_CHECKING:
@@ -97,6 +97,7 @@ def save(
         CheckpointError: `path` exists and `force` is not given, or it cannot be written.
     """
     from gam_flax.ops.batch_norm import BatchNorm
+    from gam_flax.optimize import described
 
     metadata = {**(about or {}), "format": "flax", **constructor(model)}
     said = {
@@ -112,6 +113,8 @@ def save(
             if isinstance(module, BatchNorm)
         }
     )
+    if optimized := described(model):
+        metadata["optimized"] = json.dumps(optimized)
     if turned := turned_kernels(model):
         metadata["turned"] = json.dumps(sorted(turned))
     write_safetensors(path, arrays(model), metadata, force=force)
@@ -127,8 +130,37 @@ def load(path: str | os.PathLike) -> nnx.Module:
 
     checkpoint = read_checkpoint(path)
     model = build(gam_flax, checkpoint.metadata, str(path))
-    load_torch(model, checkpoint)
+    if "optimized" in checkpoint.metadata:
+        _fill_optimized(model, checkpoint, str(path))
+    else:
+        load_torch(model, checkpoint)
     return model
+
+
+def _fill_optimized(model: nnx.Module, checkpoint: Checkpoint, where: str) -> None:
+    """What `optimize_for_inference` made is in no torch model, and is taken as it lies."""
+    from gam_flax.optimize import rebuild
+
+    try:
+        rebuild(model, json.loads(checkpoint.metadata["optimized"]))
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{where}: its metadata do not say how the model was optimized: {shorten(error, 200)}"
+        ) from error
+    model.eval()
+    wanted = nnx_variables(model)
+    for name in sorted({*wanted} ^ {*checkpoint.tensors}):
+        state = "is missing" if name in wanted else "has no place in the model"
+        raise CheckpointError(f"{where}: {name} {state}; save the optimized model again")
+    for name, variable in wanted.items():
+        array = checkpoint.tensors[name]
+        if array.shape != variable.shape:
+            raise CheckpointError(
+                f"{where}: {name} is {array.shape}, expected {variable.shape}; save the "
+                "optimized model again"
+            )
+        assign(variable, array)
+    begin_random_state(model)
 
 
 def constructor(model: Any) -> dict[str, str]:

@@ -10,6 +10,8 @@ from flax import linen as nn
 from flax.errors import ScopeParamShapeError
 from jaxtyping import Array, Float
 
+from gam_flax.ops.convolution.convolve import conv_general_dilated
+
 
 @contextmanager
 def channels_of(block: str, x: Array) -> Iterator[int]:
@@ -40,6 +42,7 @@ def conv2d(
         padding=((padding, padding), (padding, padding)),
         kernel_dilation=dilation,
         feature_group_count=groups,
+        conv_general_dilated=conv_general_dilated,
         **kwargs,
     )
 

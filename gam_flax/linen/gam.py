@@ -21,7 +21,7 @@ from gam_flax.attention.gam import SHUFFLE_GROUPS
 from gam_flax.attention.variants import GAM_VARIANTS
 from gam_flax.linen.batch_norm import BatchNorm
 from gam_flax.linen.common import channels_of, conv2d
-from gam_flax.ops.conv import channel_shuffle, pad2d
+from gam_flax.ops.conv import channel_shuffle, replicate_pad2d
 
 
 class ChannelAttention(nn.Module):
@@ -68,7 +68,8 @@ class SpatialAttention(nn.Module):
         check_choice("padding_mode", self.padding_mode, ("zeros", "replicate"))
         check_odd(self.kernel_size)
         types = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        conv = {"groups": self.groups, "use_bias": self.use_bias, **types}
+        padding = self.kernel_size // 2 if self.padding_mode == "zeros" else 0
+        conv = {"padding": padding, "groups": self.groups, "use_bias": self.use_bias, **types}
         norm = {"eps": self.norm_eps, "momentum": self.norm_momentum, **types}
         with channels_of("SpatialAttention", x) as channels:
             hidden = hidden_channels(channels, self.ratio)
@@ -79,7 +80,10 @@ class SpatialAttention(nn.Module):
             return jax.nn.sigmoid(BatchNorm(name="norm2", **norm)(s, train))
 
     def _pad(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w C"]:
-        return pad2d(x, self.kernel_size // 2, self.padding_mode)
+        """What the convolutions do not pad themselves, as they pad with zeros."""
+        if self.padding_mode == "zeros":
+            return x
+        return replicate_pad2d(x, self.kernel_size // 2)
 
 
 class GAM(nn.Module):

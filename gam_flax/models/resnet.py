@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -77,6 +77,9 @@ class BasicBlock(nnx.Module):
 
     expansion = 1
 
+    NORMS: ClassVar[dict[str, str]] = {"conv1": "bn1", "conv2": "bn2"}
+    """Which norm follows which convolution."""
+
     def __init__(
         self,
         in_channels: int,
@@ -109,6 +112,9 @@ class Bottleneck(nnx.Module):
     """1×1, 3×3 (with the stride, as torchvision), 1×1 to four times the width."""
 
     expansion = 4
+
+    NORMS: ClassVar[dict[str, str]] = {"conv1": "bn1", "conv2": "bn2", "conv3": "bn3"}
+    """Which norm follows which convolution."""
 
     def __init__(
         self,
@@ -179,6 +185,9 @@ class ResNet(nnx.Module):
     Raises:
         ValueError: lengths that differ, an unknown option, a stage that does not exist.
     """
+
+    NORMS: ClassVar[dict[str, str]] = {"conv1": "bn1"}
+    """Which norm follows which convolution."""
 
     def __init__(
         self,

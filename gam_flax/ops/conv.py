@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
+
+from gam_flax.ops.convolution.convolve import conv_general_dilated
 
 
 def conv2d(
@@ -35,18 +35,16 @@ def conv2d(
         kernel_dilation=dilation,
         feature_group_count=groups,
         use_bias=use_bias,
+        conv_general_dilated=conv_general_dilated,
         dtype=dtype,
         param_dtype=param_dtype,
         rngs=rngs,
     )
 
 
-def pad2d(
-    x: Float[Array, "B H W C"], padding: int, mode: Literal["zeros", "replicate"]
-) -> Float[Array, "B h w C"]:
-    """`x` with `padding` pixels more on all four sides, zeros or the border's own."""
-    widths = ((0, 0), (padding, padding), (padding, padding), (0, 0))
-    return jnp.pad(x, widths, mode="edge" if mode == "replicate" else "constant")
+def replicate_pad2d(x: Float[Array, "B H W C"], padding: int) -> Float[Array, "B h w C"]:
+    """`x` with `padding` pixels more on all four sides, the border's own."""
+    return jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)), mode="edge")
 
 
 def max_pool2d(

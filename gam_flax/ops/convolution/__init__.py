@@ -1,0 +1,5 @@
+"""Convolution as an operation with interchangeable algorithms."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

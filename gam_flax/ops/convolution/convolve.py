@@ -1,0 +1,157 @@
+"""One convolution, several ways to compute it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+from jax import lax
+from jaxtyping import Array, Float
+
+from gam_flax.ops.convolution import direct, fourier
+from gam_flax.ops.convolution.choose import Shape, best_tiling, cheapest_tiling
+from gam_flax.ops.convolution.fourier import Padding
+
+Algorithm = Literal["auto", "plain", "per_group", "tap_by_tap", "fourier"]
+"""
+- plain: `lax.conv_general_dilated`.
+- per_group: one plain convolution a group.
+- tap_by_tap: shifted pictures, added; depthwise convolutions only.
+- fourier: a product per frequency, tile by tile, see `fourier.py`; a group at a time.
+- auto: on a CPU whichever the cost model of `choose.py` finds cheapest; elsewhere plain.
+"""
+
+MANY_GROUPS = 64
+"""Beyond it a convolution per group is more to compile than it saves."""
+
+_algorithm: ContextVar[str] = ContextVar("algorithm", default="auto")
+
+Way = Callable[[Array, Array], Array]
+
+
+@contextmanager
+def convolution_algorithm(algorithm: str) -> Iterator[None]:
+    """Within it, layers that are traced take `algorithm`; what jit has traced before stays.
+
+    A convolution that the algorithm does not know (a stride under "fourier") is plain.
+
+    Raises:
+        ValueError: an unknown algorithm.
+    """
+    if algorithm not in get_args(Algorithm):
+        raise ValueError(f"algorithm must be one of {get_args(Algorithm)}, got {algorithm!r}")
+    token = _algorithm.set(algorithm)
+    try:
+        yield
+    finally:
+        _algorithm.reset(token)
+
+
+def convolve(
+    x: Float[Array, "B H W C"],
+    kernel: Float[Array, "k l D O"],
+    *,
+    strides: tuple[int, int] = (1, 1),
+    padding: Padding = ((0, 0), (0, 0)),
+    groups: int = 1,
+    algorithm: Algorithm | None = None,
+) -> Float[Array, "B h w O"]:
+    """A convolution as torch means it, of NHWC pictures with an HWIO kernel.
+
+        y[b, i, j, o] = Σ x[b, s·i + u − p, s·j + v − q, c] · kernel[u, v, c, o]
+
+    All algorithms give the same numbers to rounding, and derivatives of any order.
+
+    Args:
+        padding: zeros before and after, along H and along W.
+        groups: D · groups = C; group g of the outputs sees group g of the inputs.
+        algorithm: None for what `convolution_algorithm` says, "auto" outside of it. One that
+            does not know this convolution leaves it to "plain".
+    """
+    return _convolve(x, kernel, strides, padding, groups, algorithm or _algorithm.get())
+
+
+@partial(jax.jit, static_argnums=(2, 3, 4, 5), inline=True)
+def _convolve(
+    x: Array,
+    kernel: Array,
+    strides: tuple[int, int],
+    padding: Padding,
+    groups: int,
+    algorithm: str,
+) -> Array:
+    plain = partial(direct.plain, strides=strides, padding=padding, groups=groups)
+    other = _other_way(Shape.of(x, kernel, strides, padding, groups), algorithm)
+    if other is None:
+        return plain(x, kernel)
+    if algorithm == "auto":
+        return lax.platform_dependent(x, kernel, cpu=other, default=plain)
+    return other(x, kernel)
+
+
+def _other_way(shape: Shape, algorithm: str) -> Way | None:
+    """How `algorithm` computes it, None for the plain way."""
+    auto = algorithm == "auto"
+    if shape.depthwise and (auto or algorithm == "tap_by_tap"):
+        return partial(direct.tap_by_tap, strides=shape.strides, padding=shape.padding)
+    if shape.groups > 1:
+        if algorithm in ("plain", "tap_by_tap") or (auto and shape.groups > MANY_GROUPS):
+            return None
+        plain = partial(direct.plain, strides=shape.strides, padding=shape.padding)
+        return partial(
+            direct.per_group,
+            groups=shape.groups,
+            convolve=_other_way(shape.one_group(), algorithm) or plain,
+        )
+    if shape.strides != (1, 1) or not shape.known or algorithm not in ("auto", "fourier"):
+        return None
+    tiling = cheapest_tiling(shape) if auto else best_tiling(shape)
+    if tiling is None:
+        return None
+    return partial(fourier.correlate, padding=shape.padding, tiling=tiling)
+
+
+def conv_general_dilated(
+    lhs: Array,
+    rhs: Array,
+    window_strides: Sequence[int],
+    padding: Any,
+    lhs_dilation: Sequence[int] | None = None,
+    rhs_dilation: Sequence[int] | None = None,
+    dimension_numbers: Any = None,
+    feature_group_count: int = 1,
+    **others: Any,
+) -> Array:
+    """`lax.conv_general_dilated`, by `convolve` where that knows the convolution.
+
+    It is what the argument of that name of Flax's convolutions takes, in NNX and in Linen.
+    """
+    dilated = any(d != 1 for d in [*(lhs_dilation or ()), *(rhs_dilation or ())])
+    known = lhs.ndim == 4 and not dilated and not any(others.values())
+    if known and dimension_numbers == lax.conv_dimension_numbers(
+        lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC")
+    ):
+        (top, bottom), (left, right) = padding
+        down, along = window_strides
+        return convolve(
+            lhs,
+            rhs,
+            strides=(down, along),
+            padding=((top, bottom), (left, right)),
+            groups=feature_group_count,
+        )
+    return lax.conv_general_dilated(
+        lhs,
+        rhs,
+        window_strides,
+        padding,
+        lhs_dilation,
+        rhs_dilation,
+        dimension_numbers,
+        feature_group_count,
+        **others,
+    )

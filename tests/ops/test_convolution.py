@@ -1,0 +1,226 @@
+"""One convolution, several algorithms: the same numbers, the same derivatives."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gam_flax.ops import convolution_algorithm, convolve
+from gam_flax.ops.conv import conv2d
+from gam_flax.ops.convolution import choose, direct, fourier
+from gam_flax.ops.convolution.choose import Shape
+from gam_flax.ops.convolution.convolve import conv_general_dilated
+from gam_flax.ops.convolution.fourier import Tiling
+
+EXACT = 1e-13
+"""Of the largest number, in float64: rounding, and a hundred times less than a wrong tap."""
+
+
+@pytest.fixture(autouse=True)
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def off(found, expected) -> float:
+    """The largest difference over the largest number expected."""
+    found, expected = np.asarray(found, np.float64), np.asarray(expected, np.float64)
+    assert found.shape == expected.shape
+    return np.abs(found - expected).max() / np.abs(expected).max()
+
+
+def draw_arrays(seed, batch, sizes, kernel_size, channels, outputs, dtype=np.float64):
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((batch, *sizes, channels)).astype(dtype)
+    kernel = rng.standard_normal((*kernel_size, channels, outputs)).astype(dtype)
+    return jnp.asarray(x), jnp.asarray(kernel)
+
+
+@st.composite
+def problems(draw):
+    kernel_size = draw(st.tuples(st.integers(1, 7), st.integers(1, 7)))
+    sizes = draw(st.tuples(st.integers(7, 30), st.integers(7, 30)))
+    padding = tuple(
+        draw(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1))) for k in kernel_size
+    )
+    periods = tuple(draw(st.integers(k, k + 30)) for k in kernel_size)
+    tiling = Tiling(periods, draw(st.integers(1, periods[0] // 2 + 1)), draw(st.integers(0, 3)))
+    return kernel_size, sizes, padding, tiling
+
+
+@settings(max_examples=8, deadline=None)
+@given(problem=problems(), seed=st.integers(0, 99))
+def test_fourier_tiles_are_the_convolution(problem, seed):
+    kernel_size, sizes, padding, tiling = problem
+    x, kernel = draw_arrays(seed, 3, sizes, kernel_size, 4, 3)
+    expected = direct.plain(x, kernel, (1, 1), padding)
+    assert off(fourier.correlate(x, kernel, padding, tiling), expected) < EXACT
+    spectrum = fourier.kernel_spectrum(kernel, tiling.periods)
+    found = fourier.correlate_spectrum(x, spectrum, kernel_size, padding, tiling)
+    assert off(found, expected) < EXACT
+
+
+@pytest.mark.parametrize("period", [16, 17, 19, 20])
+def test_a_period_wraps_only_where_zeros_serve_both_borders(period):
+    """14 pixels and one border of 3 are 17 points; with one less, tiles must overlap."""
+    one = fourier.cut(14, 7, (3, 3), period)
+    assert one.count == (1 if period >= 17 else 2)
+
+
+def test_one_point_too_few_would_be_noticed(monkeypatch):
+    x, kernel = draw_arrays(0, 1, (14, 14), (7, 7), 2, 2)
+    padding = ((3, 3), (3, 3))
+    expected = direct.plain(x, kernel, (1, 1), padding)
+    whole = fourier.Cut(1, 14, 3, 14)
+    monkeypatch.setattr(fourier, "cut", lambda *args: whole)
+    assert off(fourier.correlate(x, kernel, padding, Tiling((17, 17))), expected) < EXACT
+    assert off(fourier.correlate(x, kernel, padding, Tiling((16, 16))), expected) > 0.01
+
+
+WAYS = {
+    "fourier": ({}, 1),
+    "per_group": ({"groups": 2}, 2),
+    "fourier, grouped": ({"groups": 2}, 2),
+    "tap_by_tap": ({"groups": 6}, 6),
+    "tap_by_tap, strided": ({"groups": 6, "strides": (2, 2)}, 6),
+}
+
+
+@pytest.fixture(params=WAYS)
+def both(request):
+    """The plain convolution and another way to compute it, x and kernel."""
+    options, groups = WAYS[request.param]
+    x, kernel = draw_arrays(1, 2, (9, 11), (5, 3), 6 // groups, 6)
+    x = draw_arrays(2, 2, (9, 11), (1, 1), 6, 1)[0]
+    options = {"padding": ((2, 2), (1, 1)), **options}
+    name = request.param.partition(",")[0]
+    return (
+        partial(convolve, algorithm="plain", **options),
+        partial(convolve, algorithm=name, **options),
+        x,
+        kernel,
+    )
+
+
+def test_first_and_second_derivatives(both):
+    plain, other, x, kernel = both
+    dx, dk = jnp.cos(x), jnp.sin(kernel)
+
+    def derivatives(way):
+        def loss(x, kernel):
+            return jnp.sum(jnp.sin(way(x, kernel)))
+
+        gradients = jax.grad(loss, (0, 1))
+        forward = jax.jvp(way, (x, kernel), (dx, dk))
+        twice = jax.jvp(gradients, (x, kernel), (dx, dk))[1]
+        reverse_twice = jax.grad(lambda *a: optimal(gradients(*a)), (0, 1))(x, kernel)
+        return [*forward, *gradients(x, kernel), *twice, *reverse_twice]
+
+    def optimal(tree):
+        return sum(jnp.sum(leaf**2) for leaf in tree)
+
+    for found, expected in zip(derivatives(other), derivatives(plain), strict=True):
+        assert off(found, expected) < 1e-12
+
+
+def test_under_jit_vmap_and_remat(both):
+    plain, other, x, kernel = both
+    expected = plain(x, kernel)
+    assert off(jax.jit(other)(x, kernel), expected) < EXACT
+    assert off(jax.checkpoint(other)(x, kernel), expected) < EXACT
+    many = jnp.stack([x, 2 * x, -x])
+    found = jax.vmap(other, (0, None))(many, kernel)
+    assert off(found, jnp.stack([expected, 2 * expected, -expected])) < EXACT
+
+
+def test_the_layer_takes_what_is_chosen():
+    """In NNX and in Linen, by `conv_general_dilated=`; dilation and strides are left to XLA."""
+    layer = conv2d(4, 4, 7, padding=3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+    x = draw_arrays(3, 2, (12, 12), (1, 1), 4, 1)[0]
+    expected = layer(x)
+    with convolution_algorithm("fourier"):
+        found = layer(x)
+        text = str(jax.make_jaxpr(layer)(x))
+    assert "conv_general_dilated" not in text
+    assert 0 < off(found, expected) < EXACT
+    module = linen.Conv(
+        4, (7, 7), padding=3, conv_general_dilated=conv_general_dilated, param_dtype=jnp.float64
+    )
+    variables = {"params": {"kernel": layer.kernel[...], "bias": layer.bias[...]}}
+    with convolution_algorithm("fourier"):
+        assert off(module.apply(variables, x), expected) < EXACT
+    dilated = conv2d(4, 4, 3, padding=2, dilation=2, rngs=nnx.Rngs(0))
+    with convolution_algorithm("fourier"):
+        assert "conv_general_dilated" in str(jax.make_jaxpr(dilated)(x))
+
+
+def test_an_unknown_algorithm_is_one_line():
+    with pytest.raises(ValueError, match="algorithm must be one of"), convolution_algorithm("fft"):
+        pass
+
+
+@pytest.mark.parametrize("sides, channels, outputs", [(14, 64, 32), (28, 16, 64), (7, 128, 32)])
+def test_float32_is_no_less_exact_than_the_plain_way(sides, channels, outputs):
+    padding = ((3, 3), (3, 3))
+    x, kernel = draw_arrays(4, 4, (sides, sides), (7, 7), channels, outputs, np.float32)
+    g = draw_arrays(5, 4, (sides, sides), (1, 1), outputs, 1, np.float32)[0]
+    shape = Shape.of(x, kernel, (1, 1), padding, 1)
+    way = partial(fourier.correlate, padding=padding, tiling=choose.best_tiling(shape))
+    plain = partial(direct.plain, strides=(1, 1), padding=padding)
+
+    def answers(way, *args):
+        y, pull = jax.vjp(way, *args[:2])
+        return [y, *pull(args[2])]
+
+    exact = answers(plain, *(a.astype(jnp.float64) for a in (x, kernel, g)))
+    for ours, theirs, true in zip(
+        answers(way, x, kernel, g), answers(plain, x, kernel, g), exact, strict=True
+    ):
+        error, plain_error = (float(jnp.sqrt(jnp.mean((a - true) ** 2))) for a in (ours, theirs))
+        assert error <= plain_error
+
+
+class TestTheChoice:
+    """What the cost model says, without a clock."""
+
+    LARGE = Shape(32, (14, 14), 512, 128, (7, 7), padding=((3, 3), (3, 3)))
+
+    def test_a_large_kernel_goes_to_the_fourier_domain(self):
+        assert choose.cheapest_tiling(self.LARGE) == choose.best_tiling(self.LARGE)
+
+    def test_a_pointwise_convolution_never_does(self):
+        small = self.LARGE._replace(kernel_size=(1, 1), padding=((0, 0), (0, 0)))
+        assert choose.cheapest_tiling(small) is None
+
+    def test_one_picture_does_not_pay_for_the_kernels_transform(self):
+        assert choose.cheapest_tiling(self.LARGE._replace(batch=1)) is None
+
+    def test_every_tiling_worth_trying_is_right(self):
+        shape = Shape(2, (6, 7), 2, 2, (5, 3), padding=((2, 2), (1, 1)), bytes=8)
+        x, kernel = draw_arrays(6, 2, shape.sizes, shape.kernel_size, 2, 2)
+        expected = direct.plain(x, kernel, (1, 1), shape.padding)
+        for tiling in choose.tilings(shape):
+            assert off(fourier.correlate(x, kernel, shape.padding, tiling), expected) < EXACT
+
+    def test_elsewhere_than_on_a_cpu_it_is_plain(self):
+        """One exported program has both; each platform is left with its own."""
+        x = jax.ShapeDtypeStruct((32, 14, 14, 512), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((7, 7, 512, 128), jnp.float32)
+        way = partial(convolve, padding=((3, 3), (3, 3)), algorithm="auto")
+        for platform, plain in (("cpu", False), ("cuda", True), ("tpu", True)):
+            text = jax.jit(way).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
+            assert ("stablehlo.convolution" in text) == plain
+
+    def test_a_symbolic_batch_is_no_obstacle(self):
+        (batch,) = jax.export.symbolic_shape("b")
+        x = jax.ShapeDtypeStruct((batch, 14, 14, 512), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((7, 7, 512, 128), jnp.float32)
+        way = partial(convolve, padding=((3, 3), (3, 3)), algorithm="auto")
+        assert jax.export.export(jax.jit(way))(x, kernel).out_avals[0].shape[0] == batch
