@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 console = Console(soft_wrap=True)
 
-EXTRAS = {"torch": "torch", "matplotlib": "plots", "PIL": "images"}
+EXTRAS = {"torch": "torch", "matplotlib": "plots", "PIL": "images", "tensorboardX": "tensorboard"}
 EXTRAS |= dict.fromkeys(LIBRARIES, "train")
 """Library → what to install it with."""
 

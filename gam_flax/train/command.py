@@ -59,6 +59,7 @@ def train(
     save_every: Annotated[
         int | None, Option(min=1, help="Steps between checkpoints, beside each epoch's end.")
     ] = None,
+    tensorboard: Annotated[bool, Option("--tensorboard", help="Also write for it.")] = False,
     force: Annotated[bool, Option("--force", help="Take away the run that is there.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object at the end.")] = False,
 ) -> None:
@@ -95,7 +96,13 @@ def train(
     )
     console = Console(soft_wrap=True, stderr=as_json)
     result = fit(
-        settings, out, workers=workers, save_every=save_every, force=force, console=console
+        settings,
+        out,
+        workers=workers,
+        save_every=save_every,
+        tensorboard=tensorboard,
+        force=force,
+        console=console,
     )
     if as_json:
         print(json.dumps(asdict(result)))

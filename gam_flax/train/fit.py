@@ -36,6 +36,7 @@ def fit(
     *,
     workers: int = 0,
     save_every: int | None = None,
+    tensorboard: bool = False,
     force: bool = False,
     console: Console | None = None,
 ) -> Result:
@@ -53,6 +54,7 @@ def fit(
         workers: processes that read and augment; 0 for threads of this one. The pictures are the
             same for any number.
         save_every: steps between checkpoints, beside those at the end of each epoch.
+        tensorboard: write the metrics for TensorBoard as well, into tensorboard/.
         force: take away the run in `out` and start anew.
         console: where progress is shown, standard output by default.
 
@@ -62,7 +64,8 @@ def fit(
             checkpoint was the last; what was to be saved at the end could not be written.
         DataError: pictures are missing or broken.
         CheckpointError: `settings.init` does not fit.
-        ModuleNotFoundError: the extra `train` is not installed.
+        ModuleNotFoundError: the extra `train` is not installed, or `tensorboard` where that is
+            asked for.
     """
     require_libraries()
     from rich.console import Console
@@ -74,6 +77,7 @@ def fit(
         Path(out),
         workers=workers,
         save_every=save_every,
+        tensorboard=tensorboard,
         force=force,
         console=console or Console(soft_wrap=True),
     )

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.text import Text
 
 from gam_flax.convert.saved import save
+from gam_flax.train.board import Board
 from gam_flax.train.checkpoints import Checkpoints
 from gam_flax.train.curves import draw_curves
 from gam_flax.train.data import DataSet, read_data
@@ -43,6 +44,7 @@ def run(
     *,
     workers: int,
     save_every: int | None,
+    tensorboard: bool,
     force: bool,
     console: Console,
 ) -> Result:
@@ -66,7 +68,9 @@ def run(
         say(f"{out}: {'a new run' if new and not first else f'going on from step {first}'}")
         training = Training(settings, data, mesh, steps, per_epoch, save_every, workers)
         training.checkpoints, training.say = checkpoints, say
-        training.lines = stack.enter_context(closing(MetricLines(folder.metrics, until=first)))
+        training.records = [stack.enter_context(closing(MetricLines(folder.metrics, until=first)))]
+        if tensorboard:
+            training.records.append(stack.enter_context(closing(Board(folder.board, until=first))))
         total = settings.epochs * per_epoch
         training.bar = stack.enter_context(Progress(console, total, first))
         training.stop = stack.enter_context(StopRequest())
@@ -92,7 +96,7 @@ class Training:
     """
 
     checkpoints: Checkpoints
-    lines: MetricLines
+    records: list[MetricLines | Board]
     bar: Progress
     stop: StopRequest
     say: Any
@@ -144,7 +148,8 @@ class Training:
                     self._note(*waiting, state)
                     waiting = None
                     accuracy = self._evaluate(step, state) if ends else None
-                    self.lines.to_disk()
+                    for record in self.records:
+                        record.to_disk()
                     self.checkpoints.save(state, accuracy)
                 if self.stop.asked:
                     break
@@ -156,8 +161,12 @@ class Training:
             self._give_up(step, values, state)
         self.times.append(time.perf_counter())
         epoch = round(step / self.per_epoch, 4)
-        self.lines.write(step=step, epoch=epoch, part="train", **values)
+        self._record(step=step, epoch=epoch, part="train", **values)
         self.bar.show(step, values["loss"], values["accuracy"], self._speed())
+
+    def _record(self, **values: Any) -> None:
+        for record in self.records:
+            record.write(**values)
 
     def _speed(self) -> float:
         """Images per second of the last steps."""
@@ -178,7 +187,7 @@ class Training:
         count = sums.pop("count")
         means = {name: total / count for name, total in sums.items()}
         epoch = step // self.per_epoch
-        self.lines.write(step=step, epoch=epoch, part="test", **means, images_per_second=speed)
+        self._record(step=step, epoch=epoch, part="test", **means, images_per_second=speed)
         self.say(
             f"epoch {epoch} of {self.settings.epochs}: test loss {means['loss']:.4f}, "
             f"accuracy {means['accuracy']:.2%}; {speed:,.0f} images/s"

@@ -23,6 +23,7 @@ class RunFolder(NamedTuple):
     checkpoints: by step; broken ones are moved to `broken`.
     last, best: the model at the end, and where it was best on the test pictures.
     curves: loss and accuracy as a picture.
+    board: for TensorBoard, where that was asked for.
     lock: held by the process that trains.
     """
 
@@ -33,6 +34,7 @@ class RunFolder(NamedTuple):
     last: Path
     best: Path
     curves: Path
+    board: Path
     lock: Path
 
 
@@ -46,6 +48,7 @@ def names_in(folder: Path) -> RunFolder:
         folder / "last.safetensors",
         folder / "best.safetensors",
         folder / "curves.png",
+        folder / "tensorboard",
         folder / ".lock",
     )
 

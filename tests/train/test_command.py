@@ -51,6 +51,23 @@ def test_a_mistake_is_one_line_and_status_2(call, tmp_path, given, said):
     assert not (tmp_path / "run").exists()
 
 
+def test_tensorboard_if_asked(call, tmp_path, monkeypatch):
+    settings = tiny(write_fashion(tmp_path / "data", 32, 16), epochs=1)
+    given = words(settings, tmp_path / "run", "--tensorboard")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "tensorboardX", None)
+        status, _, err = call(*given[given.index("train") + 1 :])
+    assert status == 2
+    assert "tensorboardX is not installed: pip install 'gam-attention[tensorboard]'" in err
+    pytest.importorskip("tensorboardX")
+    status, _, err = call(*given[given.index("train") + 1 :])
+    assert status == 0, err
+    (file,) = (tmp_path / "run" / "tensorboard").iterdir()
+    content = file.read_bytes()
+    for name in (b"train/loss", b"train/learning_rate", b"test/accuracy"):
+        assert name in content
+
+
 def test_a_missing_library_is_one_line(call, monkeypatch, tmp_path):
     monkeypatch.setattr(errors, "LIBRARIES", ("optax", "grain_which_is_not_there"))
     monkeypatch.setitem(cli.EXTRAS, "grain_which_is_not_there", "train")
