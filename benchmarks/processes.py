@@ -247,7 +247,7 @@ def table(
         return show(number["median"]) + (ends if spread else "")
 
     rows = [[name, *(cell(result, c) for c in columns)] for name, result in results.items()]
-    return _markdown(["", *(column.heading for column in columns)], rows)
+    return markdown_table(["", *(column.heading for column in columns)], rows)
 
 
 def ratios(
@@ -268,10 +268,10 @@ def ratios(
         for name, other in pairs
         if name in results and other in results
     ]
-    return _markdown(["", *(column.plain for column in columns)], lines)
+    return markdown_table(["", *(column.plain for column in columns)], lines)
 
 
-def _markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [headings, ["---", *("---:" for _ in headings[1:])], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
