@@ -23,6 +23,7 @@ NEAR = 1e-9
 
 Like = Callable[[np.ndarray, np.ndarray], Callable[[np.ndarray], np.ndarray]]
 
+_ENOUGH = 2**16  # numbers in which one function of a tensor looks like no other
 _BUDGET = 3e8  # numbers that the expressions of one search may have, a few seconds
 LATEST = 8  # known tensors from which expressions are built
 _JOINED = 6  # of them, those that are joined in pairs
@@ -72,12 +73,13 @@ def _found(
 ) -> dict[str, Expression]:
     """The expressions that are torch's tensor and Flax's: "torch", "flax", or what was found.
 
-    The first example of the batch tells; the search ends where it has cost enough.
+    As many examples of the batch as tell enough; the search ends where it has cost enough.
     """
     latest = dict([*known.items()][-LATEST:])
     if len({array.shape[:1] for array in (torch, flax, *latest.values())}) == 1 and torch.ndim:
-        torch, flax = torch[:1], flax[:1]
-        latest = {name: array[:1] for name, array in latest.items()}
+        some = max(1, _ENOUGH * len(torch) // max(torch.size, flax.size, 1))
+        torch, flax = torch[:some], flax[:some]
+        latest = {name: array[:some] for name, array in latest.items()}
     lay = like(torch, flax)
     truth, other, spent = lay_safely(lay, torch), flax, 0
     found: dict[str, Expression] = {}
