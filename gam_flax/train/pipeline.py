@@ -15,6 +15,9 @@ import numpy as np
 
 from gam_flax.train.data import Pictures
 
+READ_AHEAD = 8
+"""Batches that are read at a time, in as many threads; grain's own 500 are gigabytes of photos."""
+
 Batch = dict[str, np.ndarray]
 
 
@@ -86,7 +89,8 @@ def stream(batches: Any, start: int, *, workers: int = 0) -> Any:
     options = grain.multiprocessing.MultiprocessingOptions(
         num_workers=workers, per_worker_buffer_size=2
     )
-    ahead = batches[start:].to_iter_dataset()
+    read = grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD)
+    ahead = batches[start:].to_iter_dataset(read)
     return iter(ahead.mp_prefetch(options, worker_init_fn=_start_worker))
 
 
