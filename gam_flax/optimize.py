@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -20,6 +21,9 @@ from gam_flax.ops.sequential import Sequential
 
 Path = tuple[Any, ...]
 Periods = tuple[int, int]
+
+DIRECT = partial(conv_general_dilated, algorithm="direct")
+"""What a convolution is computed by that is not even worth preparing."""
 
 
 class Identity(nnx.Module):
@@ -66,7 +70,11 @@ def optimize_for_inference(
         setattr(place, norm, Identity())
     if input_shape is not None and jax.default_backend() == "cpu":
         for path, periods in _periods(model, tuple(input_shape)).items():
-            put(model, path, PreparedConv.of(get(model, path), periods))
+            conv = get(model, path)
+            if periods is None:
+                conv.conv_general_dilated = DIRECT
+            else:
+                put(model, path, PreparedConv.of(conv, periods))
     return model
 
 
@@ -124,8 +132,8 @@ class _Watched:
         return self.conv(x)
 
 
-def _periods(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, Periods]:
-    """The convolutions that are cheaper prepared, and their tiles."""
+def _periods(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, Periods | None]:
+    """The convolutions that could be prepared, and their tiles where that is cheaper."""
     watched = nnx.clone(model)
     seen: dict[Path, list[tuple[int, ...]]] = {}
     for path, conv in list(nnx.iter_modules(watched)):
@@ -133,12 +141,8 @@ def _periods(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, Peri
             put(watched, path, _Watched(conv, seen.setdefault(path, [])))
     x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
     jax.eval_shape(lambda x: watched(x), x)
-    found = {}
-    for path, shapes in seen.items():
-        tiling = _tiling(get(model, path), shapes)
-        if tiling is not None:
-            found[path] = tiling.periods
-    return found
+    tilings = {path: _tiling(get(model, path), shapes) for path, shapes in seen.items()}
+    return {path: tiling and tiling.periods for path, tiling in tilings.items()}
 
 
 def _could_be_prepared(conv: nnx.Conv) -> bool:

@@ -156,6 +156,8 @@ def test_the_layer_takes_what_is_chosen():
     variables = {"params": {"kernel": layer.kernel[...], "bias": layer.bias[...]}}
     with convolution_algorithm("fourier"):
         assert off(module.apply(variables, x), expected) < EXACT
+    same = linen.Conv(4, (7, 7), padding="SAME", conv_general_dilated=conv_general_dilated)
+    assert same.init_with_output(jax.random.key(0), x)[0].shape == x.shape
     dilated = conv2d(4, 4, 3, padding=2, dilation=2, rngs=nnx.Rngs(0))
     with convolution_algorithm("fourier"):
         assert "conv_general_dilated" in str(jax.make_jaxpr(dilated)(x))

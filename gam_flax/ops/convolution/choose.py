@@ -13,7 +13,7 @@ from jaxtyping import Array
 
 from gam_flax.ops.convolution.fourier import Padding, Tiling, cut
 
-SLAB = 10e6
+SLAB = 20e6
 """Bytes of a kernel's spectrum at a time: what stays in a cache while it is used."""
 
 ARENA = 32e6
@@ -96,14 +96,15 @@ class Cost(NamedTuple):
     transforms: float
     products: float
     spectrum: float
-    calls: float
+    moved: float
+    steps: float
     spill: float
 
 
 PLAIN_FORWARD = (6.9e-12, 8.0e-10)
 PLAIN = (1.83e-11, 5.0e-9)
-FOURIER = Cost(6.6e-11, 2.85e-11, 2.76e-9, 0.0, 4.2e-10)
-PREPARED = Cost(3.7e-11, 1.16e-11, 4.2e-11, 1.1e-6, 4.5e-10)
+FOURIER = Cost(4.96e-11, 2.51e-11, 2.76e-9, 1.62e-10, 4.1e-5, 3.9e-10)
+PREPARED = Cost(1.9e-11, 7.8e-12, 6.4e-11, 2.4e-10, 3.1e-5, 4.6e-10)
 """Seconds for each of what the features count: forward and backward, but for PLAIN_FORWARD and
 PREPARED, which are forward alone. `python -m benchmarks.convolution_model fit` found them, from
 100 random convolutions on two cores of an AMD EPYC 9005 with jax 0.10.2; only their ratios
@@ -118,7 +119,8 @@ def plain_features(shape: Shape) -> tuple[float, float]:
 
 
 def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) -> Cost:
-    """Multiplications, spectrum numbers made or read, products started, bytes beyond the arena."""
+    """Multiplications of both kinds, numbers of spectra made or read, numbers of pictures moved,
+    steps of loops, bytes beyond the arena."""
     (high, wide), (n, m) = _cuts(shape, tiling.periods), tiling.periods
     images = tiling.images or shape.batch
     chunks = -(-shape.batch // images)
@@ -129,6 +131,9 @@ def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) ->
     pair = shape.channels * shape.outputs
     steps = 1 if prepared else -(-half // tiling.rows)
     rows = half / steps
+    across = wide.inputs + m  # points of a row of frequencies before and after its transform
+    moved = 2 * half * (across * shape.channels + (2 * m + wide.outputs) * shape.outputs)
+    moved += 2 * high.inputs * wide.inputs * shape.channels
     numbers = shape.channels + 2 * shape.outputs
     temporary = 2 * tiles * (half * wide.inputs * shape.channels + rows * m * numbers)
     temporary += 0 if prepared else 2 * rows * m * pair
@@ -136,7 +141,8 @@ def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) ->
         chunks * tiles * (into * shape.channels + back * shape.outputs),
         chunks * tiles * 4 * half * m * pair,
         chunks * 2 * half * m * pair,
-        chunks * (half * (m + 2) + 4),
+        chunks * tiles * moved,
+        chunks * steps,
         chunks * max(0.0, temporary * shape.bytes - ARENA),
     )
 

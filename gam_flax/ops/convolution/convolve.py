@@ -16,12 +16,13 @@ from gam_flax.ops.convolution import direct, fourier
 from gam_flax.ops.convolution.choose import Shape, best_tiling, cheapest_tiling
 from gam_flax.ops.convolution.fourier import Padding
 
-Algorithm = Literal["auto", "plain", "per_group", "tap_by_tap", "fourier"]
+Algorithm = Literal["auto", "direct", "plain", "per_group", "tap_by_tap", "fourier"]
 """
 - plain: `lax.conv_general_dilated`.
 - per_group: one plain convolution a group.
 - tap_by_tap: shifted pictures, added; depthwise convolutions only.
 - fourier: a product per frequency, tile by tile, see `fourier.py`; a group at a time.
+- direct: tap by tap, a group at a time, or plain, whichever suits it.
 - auto: on a CPU whichever the cost model of `choose.py` finds cheapest; elsewhere plain.
 """
 
@@ -88,14 +89,14 @@ def _convolve(
     other = _other_way(Shape.of(x, kernel, strides, padding, groups), algorithm)
     if other is None:
         return plain(x, kernel)
-    if algorithm == "auto":
+    if algorithm in ("auto", "direct"):
         return lax.platform_dependent(x, kernel, cpu=other, default=plain)
     return other(x, kernel)
 
 
 def _other_way(shape: Shape, algorithm: str) -> Way | None:
     """How `algorithm` computes it, None for the plain way."""
-    auto = algorithm == "auto"
+    auto = algorithm in ("auto", "direct")
     if shape.depthwise and (auto or algorithm == "tap_by_tap"):
         return partial(direct.tap_by_tap, strides=shape.strides, padding=shape.padding)
     if shape.groups > 1:
@@ -109,7 +110,7 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
         )
     if shape.strides != (1, 1) or not shape.known or algorithm not in ("auto", "fourier"):
         return None
-    tiling = cheapest_tiling(shape) if auto else best_tiling(shape)
+    tiling = cheapest_tiling(shape) if algorithm == "auto" else best_tiling(shape)
     if tiling is None:
         return None
     return partial(fourier.correlate, padding=shape.padding, tiling=tiling)
@@ -124,14 +125,17 @@ def conv_general_dilated(
     rhs_dilation: Sequence[int] | None = None,
     dimension_numbers: Any = None,
     feature_group_count: int = 1,
+    algorithm: Algorithm | None = None,
     **others: Any,
 ) -> Array:
     """`lax.conv_general_dilated`, by `convolve` where that knows the convolution.
 
     It is what the argument of that name of Flax's convolutions takes, in NNX and in Linen.
+    `algorithm` is that of `convolve`.
     """
     dilated = any(d != 1 for d in [*(lhs_dilation or ()), *(rhs_dilation or ())])
     known = lhs.ndim == 4 and not dilated and not any(others.values())
+    known = known and not isinstance(padding, str)
     if known and dimension_numbers == lax.conv_dimension_numbers(
         lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC")
     ):
@@ -143,6 +147,7 @@ def conv_general_dilated(
             strides=(down, along),
             padding=((top, bottom), (left, right)),
             groups=feature_group_count,
+            algorithm=algorithm,
         )
     return lax.conv_general_dilated(
         lhs,
