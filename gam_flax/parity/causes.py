@@ -14,9 +14,13 @@ from flax import nnx
 
 from gam_flax.convert import leaves
 from gam_flax.parity.align import Layout, Layouts, Names, flattenings
+from gam_flax.parity.attention_causes import attentions
 from gam_flax.parity.experiments import experiments
+from gam_flax.parity.families import explain_by_families
 from gam_flax.parity.glue import LATEST, Like, explain_glue, lay_safely, near, relations
+from gam_flax.parity.pointwise_causes import gates, parameters
 from gam_flax.parity.report import Row
+from gam_flax.parity.shape_causes import poolings, resizings, turned
 from gam_flax.parity.trace import Place, Trace, channels_last, sequence_last
 from gam_flax.parity.weights import explain_weight
 
@@ -25,6 +29,10 @@ _LEAST = 1e-11
 _SINGLE = (
     2.0**-20
 )  # from there to here, how far apart, of a tensor's scale, what is computed in float32 may be
+_VAGUE = ("something else", "in other places", "NaN or infinity")
+"""The ends of causes that do not say what is otherwise."""
+LARGER = (attentions, poolings, resizings, turned, parameters, gates)
+"""Expressions with settings, those that are quickly tried first."""
 INPUT = " (input)"
 """After the path of a layer in the single steps: what it is given."""
 
@@ -109,7 +117,7 @@ def _activation(row: Row, evidence: Evidence) -> Iterator[str]:
         if truth is not None and flax is not None:
             truth = np.moveaxis(truth, -1, 1) if truth.ndim >= 4 else truth
             known = _known(evidence, len(evidence.own.order))
-            yield from explain_glue(known, truth, flax, lambda _, flax: _like(flax, None))
+            yield from _between(known, truth, flax, lambda _, flax: _like(flax, None))
         return
     name = evidence.names.place(place)
     kind = (lambda run: run.inputs) if is_input else (lambda run: run.layers)
@@ -126,9 +134,19 @@ def _activation(row: Row, evidence: Evidence) -> Iterator[str]:
     if laid is not None and near(laid, flax):
         return  # nearer than what is looked for
     if is_input or any(module.children()):
-        yield from explain_glue(_known(evidence, index), truth, flax, like)
+        yield from _between(_known(evidence, index), truth, flax, like)
     else:
         yield from _layer(module, place, truth, flax, like, evidence)
+
+
+def _between(
+    known: dict[str, np.ndarray], truth: np.ndarray, flax: np.ndarray, like: Like
+) -> Iterator[str]:
+    """What stands between layers: small expressions first; where these do not tell, larger ones."""
+    found = explain_glue(known, truth, flax, like)
+    if all(cause.endswith(_VAGUE) for cause in found):
+        found = tuple(explain_by_families(known, truth, flax, like, LARGER)) or found
+    yield from found
 
 
 def _layer(

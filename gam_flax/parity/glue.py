@@ -242,14 +242,14 @@ def _ranges(order: list[int]) -> str:
     return ", ".join(parts[:8]) + (", …" if len(parts) > 8 else "")
 
 
-def near(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two tensors are one but for rounding."""
+def near(a: np.ndarray, b: np.ndarray, part: float = NEAR) -> bool:
+    """Whether two tensors are one but for rounding, to this `part` of their largest number."""
     if a.shape != b.shape:
         return False
     distance = gap(a, b)
     if np.isnan(distance).any():
         return False
-    return float(np.max(distance, initial=0.0)) <= NEAR * max(magnitude(a), magnitude(b))
+    return float(np.max(distance, initial=0.0)) <= part * max(magnitude(a), magnitude(b))
 
 
 def lay_safely(lay: Callable[[np.ndarray], np.ndarray], array: np.ndarray) -> np.ndarray | None:
