@@ -125,7 +125,7 @@ class SpatialAttention(nnx.Module):
         self.param_dtype = param_dtype
         types = {"dtype": dtype, "param_dtype": param_dtype, "rngs": rngs}
         padding = kernel_size // 2 if padding_mode == "zeros" else 0
-        conv = {"kernel_size": kernel_size, "padding": padding, "groups": groups}
+        conv: dict[str, Any] = {"kernel_size": kernel_size, "padding": padding, "groups": groups}
         conv |= {"use_bias": use_bias, **types}
         norm = {"eps": norm_eps, "momentum": norm_momentum, **types}
         self.conv1 = conv2d(channels, hidden, **conv)

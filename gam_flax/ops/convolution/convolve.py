@@ -139,7 +139,8 @@ def conv_general_dilated(
     if known and dimension_numbers == lax.conv_dimension_numbers(
         lhs.shape, rhs.shape, ("NHWC", "HWIO", "NHWC")
     ):
-        (top, bottom), (left, right) = padding
+        pads: Any = padding
+        (top, bottom), (left, right) = pads
         down, along = window_strides
         return convolve(
             lhs,
