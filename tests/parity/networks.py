@@ -77,7 +77,7 @@ def fill(model: nnx.Module, source: torch.nn.Module) -> nnx.Module:
     for path, variable in nnx_variables(model).items():
         key = torch_name(path)
         if key in state and tuple(state[key].shape) == _shape(path, variable):
-            variable.set_value(jnp.asarray(to_flax_layout(path, state[key].numpy())))
+            variable.set_value(jnp.array(to_flax_layout(path, state[key].numpy())))
     return model
 
 
@@ -101,7 +101,9 @@ def linen_net(source: torch.nn.Module, own_names: bool = False) -> tuple[Any, di
     for collection, layer, leaf in places:
         key = torch_name(f"{torch_names.get(layer, layer)}.{leaf}")
         array = to_flax_layout(leaf, source.state_dict()[key].numpy())
-        variables.setdefault(collection, {}).setdefault(layer, {})[leaf] = jnp.asarray(array)
+        variables.setdefault(collection, {}).setdefault(layer, {})[leaf] = jnp.array(
+            array
+        )  # no view of torch's
     return module, variables
 
 
