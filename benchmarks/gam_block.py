@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import processes
 from benchmarks.gam_block_inside import WORKS
 from benchmarks.load_resnet50 import PACKAGES, ROOT, cpp_compiler, positive, surroundings
-from benchmarks.processes import BenchmarkError, Contestant
+from benchmarks.processes import Contestant
 
 TITLE = "A GAM block, Flax against torch"
 FLAX = "flax"
@@ -135,6 +135,7 @@ def peaks(work: str, name: str, cache: Path, on_run: Any) -> dict[str, float]:
     return found
 
 
+@processes.ends_in_a_line
 def main() -> int:
     parser = argparse.ArgumentParser(description="A GAM block, Flax against torch.")
     parser.add_argument("--rounds", type=positive, default=7)
@@ -149,14 +150,7 @@ def main() -> int:
     )
     args = parser.parse_args()
     console = Console()
-    try:
-        records, memory = measure(args, console)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    records, memory = measure(args, console)
     text = markdown(records, memory)
     written = processes.write(args.out, {"records": records, "memory": memory}, text)
     print(text)

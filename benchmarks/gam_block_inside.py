@@ -33,11 +33,10 @@ def pictures(shape: tuple[int, int, int]) -> Any:
     import numpy as np
 
     batch, channels, side = shape
-    x = np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
-    return x
+    return np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
 
 
-def flax(work: str, shape: tuple[int, int, int], cache: Path) -> Callable[[], Any]:
+def flax(work: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
     """GAM under jit: `optimize_for_inference`, or forward, backward and an SGD update."""
     import jax
     import jax.numpy as jnp
@@ -98,9 +97,9 @@ def torch(
     return step
 
 
-def run(role: str, work: str, shape: tuple[int, int, int], cache: Path) -> Callable[[], Any]:
+def run(role: str, work: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
     if role == "flax":
-        return flax(work, shape, cache)
+        return flax(work, shape)
     return torch(work, shape, channels_last=role == "channels_last", compiled=role == "compile")
 
 
@@ -110,7 +109,7 @@ def main() -> None:
     stages = Stages()
     for name in shapes:
         batch, channels, side = map(int, name.split(","))
-        call = run(role, work, (batch, channels, side), Path(cache))
+        call = run(role, work, (batch, channels, side))
         with stages(f"compile {name}"):
             call()
         stages.repeat(name, call, CALLS)

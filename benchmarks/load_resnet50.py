@@ -213,6 +213,7 @@ def positive(word: str) -> int:
     return number
 
 
+@processes.ends_in_a_line
 def main() -> int:
     parser = argparse.ArgumentParser(description="Load ResNet-50, Flax against torch.")
     parser.add_argument("--rounds", type=positive, default=7)
@@ -227,16 +228,9 @@ def main() -> int:
     )
     args = parser.parse_args()
     console = Console()
-    try:
-        record = measure(args, console)
-        text = markdown(record)
-        written = processes.write(args.out, record, text)
-    except BenchmarkError as error:
-        print(error, file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was written", file=sys.stderr)
-        return 130
+    record = measure(args, console)
+    text = markdown(record)
+    written = processes.write(args.out, record, text)
     console.print(Markdown(processes.table(record["results"], SHORT, spread=False)))
     console.print(Markdown(processes.ratios(record["results"], SHORT, PAIRS)))
     for path in written:

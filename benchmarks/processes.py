@@ -17,11 +17,13 @@ import platform
 import signal
 import statistics
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import date
+from functools import wraps
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -122,6 +124,23 @@ def _end_group(process: subprocess.Popen) -> None:
     """Ends what is left of a contestant and its helpers, which share a process group."""
     with suppress(ProcessLookupError, PermissionError):  # macOS: the latter where all have ended
         os.killpg(process.pid, signal.SIGKILL)
+
+
+def ends_in_a_line(main: Callable[[], int]) -> Callable[[], int]:
+    """A benchmark's `main` whose failure, or Ctrl-C, is a line on stderr and an exit status."""
+
+    @wraps(main)
+    def ended() -> int:
+        try:
+            return main()
+        except BenchmarkError as error:
+            print(error, file=sys.stderr)
+            return 1
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    return ended
 
 
 # The record

@@ -95,10 +95,11 @@ def _folded(conv: nnx.Conv, norm: BatchNorm) -> FoldedConv:
     wide = jnp.promote_types(conv.kernel.dtype, norm.var.dtype)
     factor = jax.lax.rsqrt(norm.var[...].astype(wide) + norm.eps) * norm.scale[...]
     bias = 0 if conv.bias is None else conv.bias[...]
-    made = _like(conv)
-    made.kernel[...] = (conv.kernel[...] * factor).astype(conv.kernel.dtype)
+    made = nnx.eval_shape(lambda: _like(conv))  # its weights are not drawn: they are known
     assert made.kernel is not None and made.bias is not None
-    made.bias[...] = ((bias - norm.mean[...]) * factor + norm.bias[...]).astype(conv.kernel.dtype)
+    made.kernel.set_value((conv.kernel[...] * factor).astype(conv.kernel.dtype))
+    moved = (bias - norm.mean[...]) * factor + norm.bias[...]
+    made.bias.set_value(moved.astype(conv.kernel.dtype))
     return made
 
 

@@ -156,6 +156,7 @@ def _transposed(source: Any) -> list[str]:
 
 
 def assign(variable: Any, value: np.ndarray) -> None:
+    """Gives an NNX variable a copy of `value`, where its old array lay."""
     import jax
 
     old = variable.get_value()  # shapes alone, where the model comes from nnx.eval_shape

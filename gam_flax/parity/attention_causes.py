@@ -129,9 +129,8 @@ def _attention(
     heads = int(settings["heads"].split()[0])
     parts = _parts(tensors, settings["split"], heads)
     order = orders[settings["order"]]
-    if (
-        len(tensors) == 1
-    ):  # part i of the layer's output is what `order` says: its inverse is wanted
+    if len(tensors) == 1:
+        # Part i of the layer's output is what `order` says: its inverse is wanted.
         order = tuple(np.argsort(order))
     q, k, v = (parts[i] for i in order)
     batch, heads, tokens, d = q.shape

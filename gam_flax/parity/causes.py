@@ -17,7 +17,7 @@ from gam_flax.parity.align import Layout, Layouts, Names, flattenings
 from gam_flax.parity.attention_causes import attentions
 from gam_flax.parity.experiments import experiments
 from gam_flax.parity.families import explain_by_families
-from gam_flax.parity.glue import LATEST, Like, explain_glue, lay_safely, near, relations
+from gam_flax.parity.glue import LATEST, UNFIT, Like, explain_glue, lay_safely, near, relations
 from gam_flax.parity.pointwise_causes import gates, parameters
 from gam_flax.parity.report import Row
 from gam_flax.parity.shape_causes import poolings, resizings, turned
@@ -170,7 +170,7 @@ def _layer(
         for what, changed, changed_input in experiments(module, x, partner):
             try:
                 outcome = changed(changed_input).detach().numpy()
-            except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+            except UNFIT:
                 continue
             laid = lay_safely(lay, outcome)
             if laid is not None and near(laid, flax) and not near(outcome, truth):

@@ -375,9 +375,13 @@ def _resize(mode: str, **options: Any) -> Callable[[Any], Any]:
     return lambda x: F.interpolate(x, scale_factor=2, mode=mode, **options)
 
 
+UNFIT = (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError)
+"""What torch and numpy raise where an expression does not take such tensors."""
+
+
 def _try(function: Callable[..., Any], *args: Any) -> Any:
     """What it returns; None where it does not take such tensors."""
     try:
         return function(*args)
-    except (RuntimeError, ValueError, IndexError, TypeError, NotImplementedError):
+    except UNFIT:
         return None

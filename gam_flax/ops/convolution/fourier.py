@@ -86,7 +86,7 @@ def kernel_spectrum(
 
     It holds n_H · n_W / k² times the kernel's numbers, or a little more.
     """
-    first, _ = _kernel_matrices(periods, kernel.shape[:2], kernel.dtype)
+    first = _kernel_rows(periods, kernel.shape, kernel.dtype)
     return _spectrum_of_kernel(kernel, first, periods)
 
 
@@ -124,7 +124,7 @@ def _by_images(some, x: Array, images: int) -> Array:
 def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling) -> Array:
     tiles, cuts = _tiles(x, kernel.shape[:2], padding, tiling.periods)
     forward, second, back, last = _matrices(tiling.periods, cuts, x.dtype)
-    first, _ = _kernel_matrices(tiling.periods, kernel.shape[:2], x.dtype)
+    first = _kernel_rows(tiling.periods, kernel.shape, x.dtype)
     count = forward.shape[0]
     steps = -(-count // tiling.rows)
 
@@ -207,7 +207,8 @@ def _spectrum_of_kernel(
     kernel: Array, first: Array | np.ndarray, periods: tuple[int, int]
 ) -> Array:
     """The conjugate spectrum, (f, g, C_in, 2 · C_out), of the rows that `first` makes."""
-    _, second = _kernel_matrices(periods, kernel.shape[:2], kernel.dtype)
+    second = _complex_dft(periods[1], range(kernel.shape[1])).astype(kernel.dtype)
+    second[:, 1] *= -1
     rows = jnp.einsum("fph,hwio->fpwio", first, kernel)
     both = jnp.einsum("gqpw,fpwio->fgiqo", second, rows)
     return both.reshape(*both.shape[:3], -1)
@@ -246,13 +247,9 @@ def _matrices(
     return tuple(matrix.astype(dtype) for matrix in every)
 
 
-def _kernel_matrices(
-    periods: tuple[int, int], kernel_size: tuple[int, ...], dtype: np.dtype
-) -> tuple[np.ndarray, np.ndarray]:
-    """The transforms of a kernel along H and, conjugated, along W."""
-    second = _complex_dft(periods[1], range(kernel_size[1])).copy()
-    second[:, 1] *= -1
-    return _real_dft(periods[0], range(kernel_size[0])).astype(dtype), second.astype(dtype)
+def _kernel_rows(periods: tuple[int, int], shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """The transform of a kernel along H."""
+    return _real_dft(periods[0], range(shape[0])).astype(dtype)
 
 
 @lru_cache
