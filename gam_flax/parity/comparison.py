@@ -117,7 +117,8 @@ def compare(
     if steps < 0:
         raise ValueError(f"steps must be 0 (no training) or more, got {steps}")
     recipe(optimizer)
-    from gam_flax.parity.runs import Question, answer
+    from gam_flax.parity.question import Question
+    from gam_flax.parity.runs import answer
 
     question = Question(
         torch_model=torch_model,

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from typing import Any
 
-from gam_flax.convert.errors import shorten
 from gam_flax.convert.flax_paths import linen_leaves, nnx_modules, nnx_variables
+from gam_flax.parity.notes import listed
 
 _PACKAGES = ("numpy", "torch", "jax", "jaxlib", "flax", "optax")
 _AUTOCAST = ("cpu", "cuda")
@@ -26,7 +26,6 @@ _JAX = (
     "debug_infs",
     "disable_jit",
 )
-_LISTED = 6  # names in a note
 
 # torch's precision of float32 products, as a tree: where an inner node says "none", the nodes
 # before it decide. So they are read from the root, each set to "none" after it was read.
@@ -276,7 +275,7 @@ def _mode_notes(side: str, mode: str | None, odd: tuple[str, ...], count: int) -
         what = "layers" if side == "torch" else "mode flags"
         yield (
             f"{side}: {len(odd)} of {count} {what} differ in train or eval mode from the rest: "
-            f"{_listed(odd)}; the comparison sets them all alike"
+            f"{listed(odd)}; the comparison sets them all alike"
         )
 
 
@@ -284,7 +283,7 @@ def _switch_notes(found: Mapping[str, str]) -> Iterator[str]:
     usual = ("torch.cuda.conv", "torch.cuda.rnn")  # TF32 is torch's default there
     narrow = [n for n, v in found.items() if v in _NARROW and "torch." in n and n not in usual]
     if narrow:
-        yield f"torch: float32 products were allowed in fewer bits ({_listed(narrow)}); not here"
+        yield f"torch: float32 products were allowed in fewer bits ({listed(narrow)}); not here"
     if found["jax.default_matmul_precision"] not in ("None", "highest", "float32"):
         was = found["jax.default_matmul_precision"]
         yield f"jax: matrix products were asked for in precision {was}; in the highest here"
@@ -303,14 +302,14 @@ def _torch_notes(model: Any) -> Iterator[str]:
     modules = dict(model.named_modules())
     wrapped = [p for p, m in modules.items() if type(m).__name__ == "OptimizedModule"]
     if wrapped:
-        yield f"torch: torch.compile wraps {_listed(wrapped)}: compare its _orig_mod"
+        yield f"torch: torch.compile wraps {listed(wrapped)}: compare its _orig_mod"
     parallel = (torch.nn.DataParallel, torch.nn.parallel.DistributedDataParallel)
     wrapped = [path for path, module in modules.items() if isinstance(module, parallel)]
     if wrapped:
-        yield f"torch: a parallel wrapper is around {_listed(wrapped)}: compare its module"
+        yield f"torch: a parallel wrapper is around {listed(wrapped)}: compare its module"
     scripted = [p for p, m in modules.items() if isinstance(m, torch.jit.ScriptModule)]
     if scripted:
-        yield f"torch: {_listed(scripted)}: is a script, whose layers cannot be watched"
+        yield f"torch: {listed(scripted)}: is a script, whose layers cannot be watched"
     made = [path for path, module in modules.items() if parametrize.is_parametrized(module)]
     made += [
         path
@@ -319,7 +318,7 @@ def _torch_notes(model: Any) -> Iterator[str]:
     ]
     if made:
         yield (
-            f"torch: {_listed(made)}: a weight is computed from others (a parametrization); "
+            f"torch: {listed(made)}: a weight is computed from others (a parametrization); "
             "it has no parameter of its own name"
         )
     hooked = [
@@ -329,11 +328,11 @@ def _torch_notes(model: Any) -> Iterator[str]:
         and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
     ]
     if hooked:
-        yield f"torch: {_listed(hooked)}: a hook runs with the layer"
+        yield f"torch: {listed(hooked)}: a hook runs with the layer"
     yield from _tensor_notes("torch", {k: str(p.dtype) for k, p in model.named_parameters()})
     frozen = [key for key, p in model.named_parameters() if not p.requires_grad]
     if frozen:
-        yield f"torch: {_listed(frozen)}: frozen; its gradient is compared as any other"
+        yield f"torch: {listed(frozen)}: frozen; its gradient is compared as any other"
 
 
 def _flax_notes(model: Any) -> Iterator[str]:
@@ -349,17 +348,12 @@ def _tensor_notes(side: str, dtypes: Mapping[str, str]) -> Iterator[str]:
     for dtype in ("float16", "bfloat16"):
         narrow = [name for name, kept in dtypes.items() if kept.removeprefix("torch.") == dtype]
         if narrow:
-            yield f"{side}: {dtype} weights: {_listed(narrow)}"
+            yield f"{side}: {dtype} weights: {listed(narrow)}"
 
 
 def _is_norm_hook(hook: Any) -> bool:
     """Of `torch.nn.utils.weight_norm` and `spectral_norm` as they were before parametrizations."""
     return type(hook).__name__ in ("WeightNorm", "SpectralNorm")
-
-
-def _listed(paths: Sequence[str]) -> str:
-    shown = ", ".join(shorten(path) or "the model" for path in paths[:_LISTED])
-    return f"{shown} and {len(paths) - _LISTED} more" if len(paths) > _LISTED else shown
 
 
 # The machine

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from gam_flax.convert import leaves
-from gam_flax.parity import judge
+from gam_flax.parity import judge, notes
 from gam_flax.parity.align import Layout, Layouts, Names
 from gam_flax.parity.causes import INPUT
 from gam_flax.parity.pure import is_float
@@ -106,6 +106,17 @@ class Findings:
             if isinstance(free, tuple):
                 found = replace(found, torch=max(found.torch, free[1].torch))
         return self._judge.row(stage, path, shape, found, scale, kind)
+
+    def notes(self) -> Iterator[str]:
+        """What the rows do not tell, a sentence each."""
+        yield from notes.unseen_layers(self.unmatched, self.partners)
+        measured = {
+            key: found[1]
+            for (stage, key), found in self._found.items()
+            if stage == "gradients" and not isinstance(found, Row)
+        }
+        silent = [key for key, g in measured.items() if not g.oracle and not g.magnitude]
+        yield from notes.silent_gradients(silent, len(measured))
 
     def pair(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
         """Finds the partners of parameters, which must have one, and of buffers."""

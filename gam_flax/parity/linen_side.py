@@ -30,21 +30,22 @@ def pure_linen(
     told = call_modes(module, train)  # Linen takes a mode once, as an argument or as a field
     fields = modes(train).keys() & module.__dataclass_fields__.keys() - told.keys()
     module = module.clone(**{name: modes(train)[name] for name in fields})
+    own_dtypes: dict[str, Any] = {}
     mutable = sorted({path[0] for path in leaves} - {"params"}) if train else []
 
     def apply(parameters: dict, statistics: dict, x: Any, calls: Calls) -> tuple[Any, dict]:
         arrays = {**statistics, **parameters}
         filled = _nest({path: arrays[name] for path, name in names.items()})
-        with linen.intercept_methods(_interceptor(calls, dtype)):
+        with linen.intercept_methods(_interceptor(calls, dtype, own_dtypes)):
             output, after = module.apply(filled, x, mutable=mutable, **told)
         changed = {names[path]: leaf for path, leaf in linen_leaves(after).items()}
         return output, {**statistics, **changed}
 
-    return Pure(parameters, statistics, apply)
+    return Pure(parameters, statistics, apply, own_dtypes)
 
 
-def _interceptor(calls: Calls, dtype: Any) -> Callable[..., Any]:
-    """Sets each layer's dtype before it runs and takes its call through `calls`.
+def _interceptor(calls: Calls, dtype: Any, own_dtypes: dict[str, Any]) -> Callable[..., Any]:
+    """Sets each layer's dtype before it runs, noting its own, and takes its call through `calls`.
 
     `capture_intermediates` notes a layer twice that calls its parent's `__call__`.
     """
@@ -60,10 +61,11 @@ def _interceptor(calls: Calls, dtype: Any) -> Callable[..., Any]:
         module, path = context.module, context.module.path
         if context.method_name != "__call__" or path in running:
             return call(*args, **kwargs)
+        name = ".".join(path)
         if is_float_type(getattr(module, "dtype", None)):
+            own_dtypes.setdefault(name, module.dtype)  # type: ignore[attr-defined]
             object.__setattr__(module, "dtype", dtype)  # apply works on copies of the modules
         seen = path and trace_level() == level
-        name = ".".join(path)
         running.append(path)
         try:
             output = call(*(calls.enter(name, args) if seen else args), **kwargs)

@@ -21,9 +21,10 @@ def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
     copy = nnx.view(
         copy, raise_if_not_found=False, deterministic=not train, use_running_average=not train
     )
-    for module in nnx_modules(copy).values():
+    own_dtypes: dict[str, Any] = {}
+    for path, module in nnx_modules(copy).items():
         if is_float_type(vars(module).get("dtype")):
-            module.dtype = dtype
+            own_dtypes[path], module.dtype = module.dtype, dtype
     variables = nnx_variables(copy)
     parameters = {k: v.get_value() for k, v in variables.items() if isinstance(v, nnx.Param)}
     statistics = {k: v.get_value() for k, v in variables.items() if k not in parameters}
@@ -37,7 +38,7 @@ def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
         output = _watched(twin, calls)(x, **call_modes(twin, train))
         return output, {key: variables[key].get_value() for key in statistics}
 
-    return Pure(parameters, statistics, apply)
+    return Pure(parameters, statistics, apply, own_dtypes)
 
 
 _around: ContextVar[Callable[..., Any]] = ContextVar("_around")

@@ -20,11 +20,14 @@ class Pure:
     parameters, statistics: its arrays by dotted path, as they are.
     apply: (parameters, statistics, x, calls) → (output, statistics after); the layers are called
         through `calls`.
+    own_dtypes: path → the dtype that a layer is told to compute in as it is, where it is told one;
+        a Linen module's fill in when it is applied.
     """
 
     parameters: dict[str, Any]
     statistics: dict[str, Any]
     apply: Callable[[dict[str, Any], dict[str, Any], Any, Calls], tuple[Any, dict[str, Any]]]
+    own_dtypes: dict[str, Any]
 
 
 def modes(train: bool) -> dict[str, Any]:

@@ -104,6 +104,7 @@ class ParityReport:
         layers (an activation that is a function on the other side) and buffers are listed only.
     dtype, train, multiple: as `compare` was called.
     configuration: versions, switches and modes that were met, see `configuration.Configuration`.
+    notes: what a reader should know though no row tells it, a sentence each.
     """
 
     rows: tuple[Row, ...]
@@ -112,6 +113,7 @@ class ParityReport:
     train: bool
     multiple: float
     configuration: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -157,6 +159,7 @@ class ParityReport:
             "causes": [] if first is None else first.causes,
             "rows": [_jsonable(asdict(row)) for row in self.rows],
             "unmatched": [asdict(item) for item in self.unmatched],
+            "notes": list(self.notes),
             "configuration": dict(self.configuration),
         }
         return json.dumps(content, allow_nan=False)
@@ -172,6 +175,7 @@ class ParityReport:
             train=content["train"],
             multiple=content["multiple"],
             configuration=content["configuration"],
+            notes=tuple(content["notes"]),
         )
 
     def to_markdown(self) -> str:
@@ -186,6 +190,7 @@ class ParityReport:
             lines += ["", "Likely causes:", "", *(f"- {cause}" for cause in first.causes)]
         if self.unmatched:
             lines += ["", f"Without a partner: {', '.join(map(str, self.unmatched))}."]
+        lines += [line for note in self._all_notes() for line in ("", f"Note: {note}.")]
         return "\n".join(lines) + "\n"
 
     def plot(self, path: str | os.PathLike, *, force: bool = False) -> None:
@@ -217,7 +222,7 @@ class ParityReport:
             lines += [f"  likely cause: {cause}" for cause in first.causes]
         if self.unmatched:
             lines.append(f"  without a partner: {', '.join(map(str, self.unmatched))}")
-        lines += [f"  note: {note}" for note in self.configuration.get("notes", ())]
+        lines += [f"  note: {note}" for note in self._all_notes()]
         return "\n".join(lines)
 
     def __rich__(self) -> Any:
@@ -252,9 +257,12 @@ class ParityReport:
                     branch.add(Text(f"likely cause: {cause}", style="bold"))
         if self.unmatched:
             tree.add(Text(f"without a partner: {', '.join(map(str, self.unmatched))}"))
-        for note in self.configuration.get("notes", ()):
+        for note in self._all_notes():
             tree.add(Text(f"note: {note}"))
         return tree
+
+    def _all_notes(self) -> tuple[str, ...]:
+        return (*self.notes, *self.configuration.get("notes", ()))
 
     def _stages(self) -> Iterator[str]:
         for stage, group in groupby(self.rows, key=lambda row: row.stage):

@@ -2,60 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 from flax import nnx
 
 from gam_flax.convert.flax_paths import nnx_modules
-from gam_flax.convert.rename import Rename
-from gam_flax.parity import flax_side, judge, torch_side
-from gam_flax.parity.align import Layout, Layouts, Names
-from gam_flax.parity.causes import Evidence, explain
+from gam_flax.parity import flax_side, judge, notes, torch_side
+from gam_flax.parity.align import Layouts, Names
+from gam_flax.parity.causes import Evidence
 from gam_flax.parity.configuration import check_configuration, comparison_settings
+from gam_flax.parity.explanations import explained, with_causes_of
 from gam_flax.parity.findings import Findings
-from gam_flax.parity.optimizers import Optimizer
 from gam_flax.parity.progress import Progress
 from gam_flax.parity.pure import Pure
-from gam_flax.parity.report import STAGES, ParityReport, Row
+from gam_flax.parity.question import Question, samples
+from gam_flax.parity.report import STAGES, ParityReport
 from gam_flax.parity.trace import Place, See, Trace
-from gam_flax.parity.training import Training, train_torch, untrained
-from gam_flax.parity.training_causes import explain_training
+from gam_flax.parity.training import Trainings, train_torch, untrained
 from gam_flax.parity.training_flax import TrainingProgram
 
-_EXPLAINED = 3  # single steps whose causes are looked for, beside the first divergence
-_NEIGHBOURS = 7  # runs beside the given one, over which a narrow dtype's errors are collected
 _SLIGHT = 1e-6  # of the scale: what ill-conditioned layers may make of float64's rounding
 _TRAININGS = 3  # the same for training, which takes longer; in float64 as well
 
 _BEFORE_TRAINING = STAGES[: STAGES.index("running statistics")]
-_TRAINING = STAGES[STAGES.index("optimizer state") :]
-
-
-@dataclass(frozen=True)
-class Question:
-    """The arguments of `compare`."""
-
-    torch_model: Any
-    flax_model: Any
-    inputs: np.ndarray
-    train: bool
-    gradients: bool
-    dtype: str
-    steps: int
-    optimizer: Optimizer
-    loss: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None]
-    rename: Rename
-    layout: Mapping[str, Layout]
-    multiple: float
-
-    @property
-    def exact(self) -> bool:
-        return self.dtype == "float64"
 
 
 def answer(question: Question, progress: Progress) -> ParityReport:
@@ -89,9 +61,9 @@ def _answer(question: Question, progress: Progress) -> ParityReport:
     found = Findings(names, judge.Judge(dtype, question.multiple), layouts)
     found.pair(torch_side.weights(model), (pure.parameters, pure.statistics))
     evidence: Evidence | None = None
-    samples = list(_samples(question.inputs, found.partners, dtype))
-    for number, (x, factors) in enumerate(samples):
-        progress.run(number, len(samples) + 1)
+    inputs = list(samples(question.inputs, found.partners, dtype))
+    for number, (x, factors) in enumerate(inputs):
+        progress.run(number, len(inputs) + 1)
         evidence = None  # a run's activations are gone before the next
         evidence = _one_run(question, found, program, x, factors, progress)
         if evidence.flax.error is not None:
@@ -103,15 +75,19 @@ def _answer(question: Question, progress: Progress) -> ParityReport:
     if question.steps and _agree_so_far(found) and evidence.flax.error is None:
         trainings = _trainings(question, found, pure, progress)
     report = ParityReport(
-        found.rows(), tuple(found.unmatched), dtype, question.train, question.multiple
+        found.rows(),
+        tuple(found.unmatched),
+        dtype,
+        question.train,
+        question.multiple,
+        notes=(*found.notes(), *notes.narrow_layers(pure.own_dtypes, dtype)),
     )
     if report.ok:
         return report
     if question.exact:
-        with _one_thread():
-            return _explained(report, question, evidence, trainings, progress)
+        return explained(report, question, evidence, trainings, progress)
     del evidence
-    return _with_causes_of(report, _answer(replace(question, dtype="float64"), progress))
+    return with_causes_of(report, _answer(replace(question, dtype="float64"), progress))
 
 
 def _turned(question: Question, names: Names, pure: Pure) -> set[str]:
@@ -212,7 +188,7 @@ def _weigh(
     if not apart or max(apart) > _SLIGHT:
         return
     flax, fed, own = program(question.inputs, {}), evidence.fed, evidence.own
-    for x, factors in _samples(question.inputs, found.partners, "float64", _TRAININGS, near=True):
+    for x, factors in samples(question.inputs, found.partners, "float64", _TRAININGS, near=True):
         progress.stage("torch beside the input")
         near = torch_side.run(
             question.torch_model,
@@ -253,8 +229,8 @@ def _agree_so_far(found: Findings) -> bool:
 
 def _trainings(
     question: Question, found: Findings, pure: Pure, progress: Progress
-) -> tuple[Training, Training] | None:
-    """Trains both; returns both trainings on the given input, where the dtype is float64.
+) -> Trainings | None:
+    """Trains both; returns the trainings on the given input, where the dtype is float64.
 
     In float64 torch trains on neighbours too: Adam brings rounding up, and its own error tells by
     how much.
@@ -283,10 +259,10 @@ def _trainings(
         "frozen": frozen,
         "loss": question.loss[0],
     }
-    samples = list(_samples(question.inputs, found.partners, dtype, _TRAININGS))
+    inputs = list(samples(question.inputs, found.partners, dtype, _TRAININGS))
     pairs = []
-    for number, (x, factors) in enumerate(samples, 1):
-        progress.stage(f"training, {question.steps} steps, {number} of {len(samples)}")
+    for number, (x, factors) in enumerate(inputs, 1):
+        progress.stage(f"training, {question.steps} steps, {number} of {len(inputs)}")
         oracle = train_torch(model, x, factors, dtype="float64", **options)
         flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
         pairs.append((oracle, program(x, flax_factors)))
@@ -295,104 +271,14 @@ def _trainings(
             found.training(own, pairs[-1][1], oracle)
     if question.exact:
         oracle, flax = pairs[0]
-        for x, factors in _samples(question.inputs, found.partners, dtype, _TRAININGS, near=True):
+        for x, factors in samples(question.inputs, found.partners, dtype, _TRAININGS, near=True):
             own = train_torch(model, x, factors, dtype="float64", **options)
             found.training(own, flax, oracle)
-    return pairs[0]
-
-
-def _samples(
-    x: np.ndarray, keys: Iterable[str], dtype: str, count: int = _NEIGHBOURS, near: bool = False
-) -> Iterator[tuple[np.ndarray, dict[str, float]]]:
-    """The input and no factors; in a narrow dtype also neighbours, with factors for the tensors;
-    `near`: neighbours alone, in any.
-
-    A tensor of few numbers may be right by luck, and its error then is no measure of what the
-    dtype can do. A neighbour has input and weights a few units off, which deals all roundings
-    anew and changes nothing else.
-    """
-    floating = x.dtype.kind in "fV"  # numpy files bfloat16 under V
-    kept = np.dtype(np.float64) if dtype == "float64" else ml_dtypes.finfo(dtype).dtype
-    step = 8 * float(ml_dtypes.finfo(kept).eps)
-    rng = np.random.default_rng(0)
-    if not near:
-        yield x.astype(kept).astype(np.float64) if floating else x, {}
-    for _ in range(count if near or dtype != "float64" else 0):
-        factors = {key: float(1 + step * rng.uniform(-1, 1)) for key in keys}
-        moved = x.astype(np.float64) * (1 + step * rng.uniform(-1, 1, x.shape)) if floating else x
-        yield moved.astype(kept).astype(np.float64) if floating else x, factors
+    oracle, flax = pairs[0]
+    return Trainings(oracle, flax, frozen)
 
 
 def _same_outputs(flax: Trace, oracle: Trace) -> bool:
     """Whether the losses are the same function of the outputs."""
     shapes = {part: y.shape for part, y in oracle.outputs.items()}
     return shapes == {part: y.shape for part, y in flax.outputs.items()}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """Thousands of small experiments: threads that wait for each other make them many times
-    slower on a machine that does something else."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
-def _explained(
-    report: ParityReport,
-    question: Question,
-    evidence: Evidence,
-    trainings: tuple[Training, Training] | None,
-    progress: Progress,
-) -> ParityReport:
-    """With the causes of the first divergence, and of the first single steps that diverge."""
-    first = report.first_divergence
-    chosen = [row for row in report.rows if row.stage == "single-step" and not row.ok][:_EXPLAINED]
-    causes: dict[int, tuple[str, ...]] = {}
-    for row in (first, *chosen):
-        if row is not None and id(row) not in causes:
-            progress.stage("looking for the cause")
-            progress.layer(row.path)
-            causes[id(row)] = _try_explain(row, evidence)
-    if first is not None and first.stage in _TRAINING and trainings is not None:
-        causes[id(first)] = explain_training(
-            question.torch_model,
-            question.inputs,
-            *trainings,
-            optimizer=question.optimizer,
-            train=question.train,
-            partners=evidence.partners,
-            lay=evidence.layouts.parameter,
-            loss=question.loss[0],
-        )
-    rows = (replace(row, causes=causes.get(id(row), ())) for row in report.rows)
-    return replace(report, rows=tuple(rows))
-
-
-def _try_explain(row: Row, evidence: Evidence) -> tuple[str, ...]:
-    """`explain`. It runs layers of the user's in ways they were not made for, and must not cost
-    the report."""
-    try:
-        return explain(row, evidence)
-    except Exception:
-        return ()
-
-
-def _with_causes_of(report: ParityReport, exact: ParityReport) -> ParityReport:
-    """The report of a narrow dtype with what float64 tells of its first divergence."""
-    first, true = report.first_divergence, exact.first_divergence
-    if true is None:
-        causes: tuple[str, ...] = (
-            f"in float64 the models agree: here Flax computes in less than {report.dtype} "
-            "(dtype= of the layer, TF32 or bfloat16 products, a variance as E[x²] − E[x]²)",
-        )
-    else:
-        where = "" if first and true.path == first.path else f"in float64 {true.path}: "
-        causes = tuple(where + cause for cause in true.causes)
-    rows = tuple(replace(row, causes=causes) if row is first else row for row in report.rows)
-    return replace(report, rows=rows)

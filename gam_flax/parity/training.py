@@ -15,6 +15,9 @@ from gam_flax.parity.trace import channels_first, channels_last, cotangent, tens
 
 STEP = "step"
 
+_COUNTED = ("mu_product",)  # follows from the number of steps alone, and is nobody's moment
+_AS_OPTAX = {"exp_inf": "exp_avg_sq"}  # optax keeps Adamax's maximum where Adam's second moment is
+
 Lay = Callable[[str, str, np.ndarray, tuple[int, ...]], np.ndarray | None]
 """(torch key, Flax path, torch's tensor, Flax's shape) → the tensor as Flax has it, or None; as
 `align.Layouts.parameter`."""
@@ -46,6 +49,15 @@ class Training:
     optimizer_state: dict[str, np.ndarray] = field(default_factory=dict)
     output: dict[str, np.ndarray] = field(default_factory=dict)
     unnamed: str = ""
+
+
+@dataclass(frozen=True)
+class Trainings:
+    """Both models trained on the given input; `frozen` as for `train_torch`."""
+
+    torch: Training
+    flax: Training
+    frozen: Collection[str]
 
 
 def untrained(model: Any) -> frozenset[str]:
@@ -238,6 +250,9 @@ def _named_state(trained: Mapping[str, Any], state: Mapping[Any, Any]) -> dict[s
     found: dict[str, np.ndarray] = {}
     for key, parameter in trained.items():
         for name, value in state.get(parameter, {}).items():
+            name = _AS_OPTAX.get(name, name)
+            if name in _COUNTED:
+                continue
             if name == STEP:
                 found[STEP] = np.asarray(float(value))
             elif hasattr(value, "shape"):

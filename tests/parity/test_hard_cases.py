@@ -170,6 +170,34 @@ def test_the_counter_of_a_schedule_is_no_fault():
 
 
 @pytest.mark.parametrize(
+    ("ours", "optaxes"),
+    [
+        (torch.optim.Adamax, optax.adamax),
+        (
+            lambda ps, lr: torch.optim.RMSprop(ps, lr=lr, alpha=0.9),
+            lambda lr: optax.rmsprop(lr, decay=0.9, eps_in_sqrt=False),
+        ),
+    ],
+)
+def test_what_follows_from_the_count_of_steps_needs_no_partner(ours, optaxes):
+    model = torch_net()
+    pair = (lambda ps: ours(ps, lr=1e-3), optaxes(1e-3))
+    assert compare(model, nnx_net(model), X, steps=2, optimizer=pair).ok
+    other = (pair[0], optaxes(2e-3))
+    assert not compare(model, nnx_net(model), X, steps=2, optimizer=other).ok
+
+
+def test_what_nadam_multiplies_its_betas_to_is_no_moment():
+    net = Answering()
+    pair = (lambda ps: torch.optim.NAdam(ps, lr=1e-3), optax.nadam(1e-3))
+    twin = FlaxAnswering()
+    load_torch(twin, net)
+    rows = compare(net, twin, V, steps=1, optimizer=pair).rows
+    states = [row for row in rows if row.stage == "optimizer state"]
+    assert states and all(row.verdict != "missing" for row in states)
+
+
+@pytest.mark.parametrize(
     ("change", "cause"),
     [
         (lambda k: 1.0001 * k, "1.0001 × torch's"),
