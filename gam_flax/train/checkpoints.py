@@ -19,6 +19,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy as policy
 
 from gam_flax.convert.errors import shorten
 from gam_flax.train.errors import TrainingError
+from gam_flax.train.hosts import all_say, is_first, wait_for_all
 from gam_flax.train.step import TrainState
 
 CHECKSUMS = "checksums"
@@ -107,10 +108,10 @@ class Checkpoints:
         )
         read = ocp.args.Composite(state=ocp.args.StandardRestore(target))
         found, wrong = _attempt(lambda: self._manager.restore(step, args=read))
-        if found is None:
+        if not all_say(found is not None):
             raise TrainingError(
                 f"{shorten(self.folder / str(step))}: the checkpoint is cut short or broken: "
-                f"{wrong}"
+                f"{wrong or 'another host says so'}"
             )
         arrays = dict(found["state"])
         if not (arrays.pop(CHECKSUMS) == _checksums(arrays)).all():
@@ -146,9 +147,11 @@ class Checkpoints:
 
     def _set_aside(self, step: int) -> None:
         place = self.folder.parent / "broken" / str(step)
-        place.parent.mkdir(exist_ok=True)
-        shutil.rmtree(place, ignore_errors=True)
-        os.replace(self.folder / str(step), place)
+        if is_first():
+            place.parent.mkdir(exist_ok=True)
+            shutil.rmtree(place, ignore_errors=True)
+            os.replace(self.folder / str(step), place)
+        wait_for_all("the checkpoint is away")
         self._manager.reload()
 
 
@@ -183,9 +186,12 @@ def _manager(folder: Path) -> ocp.CheckpointManager:
     return ocp.CheckpointManager(folder, options=options)
 
 
-@jax.jit
 def _checksums(arrays: dict[str, Any]) -> jax.Array:
-    """Of each array, the sum of its 32-bit words modulo 2³²."""
+    """Of each array, the sum of its 32-bit words modulo 2³²; on every device, as the step is."""
+    return jax.jit(_sums, out_shardings=arrays["step"].sharding)(arrays)
+
+
+def _sums(arrays: dict[str, Any]) -> jax.Array:
 
     def words(x: jax.Array) -> jax.Array:
         if x.dtype == bool:

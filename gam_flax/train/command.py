@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -12,6 +13,7 @@ from rich.console import Console
 
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.fit import fit
+from gam_flax.train.joining import joined
 from gam_flax.train.settings import Settings
 
 Option = typer.Option
@@ -59,6 +61,19 @@ def train(
     save_every: Annotated[
         int | None, Option(min=1, help="Steps between checkpoints, beside each epoch's end.")
     ] = None,
+    coordinator_address: Annotated[
+        str | None,
+        Option(envvar="JAX_COORDINATOR_ADDRESS", help="Several hosts: HOST:PORT of process 0."),
+    ] = None,
+    num_processes: Annotated[
+        int | None, Option(min=1, envvar="JAX_NUM_PROCESSES", help="One on each host.")
+    ] = None,
+    process_id: Annotated[
+        int | None, Option(min=0, envvar="JAX_PROCESS_ID", help="Of this host, from 0.")
+    ] = None,
+    distributed: Annotated[
+        bool, Option("--distributed", help="Several hosts, as Slurm, Open MPI or the TPU says.")
+    ] = False,
     tensorboard: Annotated[bool, Option("--tensorboard", help="Also write for it.")] = False,
     force: Annotated[bool, Option("--force", help="Take away the run that is there.")] = False,
     as_json: Annotated[bool, Option("--json", help="Print one JSON object at the end.")] = False,
@@ -95,16 +110,19 @@ def train(
         parameters=parameters,
     )
     console = Console(soft_wrap=True, stderr=as_json)
-    result = fit(
-        settings,
-        out,
-        workers=workers,
-        save_every=save_every,
-        tensorboard=tensorboard,
-        force=force,
-        console=console,
-    )
-    if as_json:
+    place = (coordinator_address, num_processes, process_id)
+    alone = place == (None, None, None) and not distributed
+    with nullcontext(True) if alone else joined(*place) as first:
+        result = fit(
+            settings,
+            out,
+            workers=workers,
+            save_every=save_every,
+            tensorboard=tensorboard,
+            force=force,
+            console=console,
+        )
+    if as_json and first:
         print(json.dumps(asdict(result)))
     if not result.finished:
         raise typer.Exit(130)

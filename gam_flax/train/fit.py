@@ -48,6 +48,9 @@ def fit(
     same bits as one that was not, on the same machine with the same number of devices. On a GPU
     that takes XLA_FLAGS=--xla_gpu_deterministic_ops=true.
 
+    After `jax.distributed.initialize` several processes train as one: all of them call this with
+    the same arguments and a folder that they share, and get the same result.
+
     Args:
         settings: what is trained on what, and how.
         out: the folder of the run, made where it does not exist.

@@ -14,6 +14,7 @@ from gam_flax.convert.optimizer import load_torch_optimizer
 from gam_flax.convert.source import open_source
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.settings import Settings
+from gam_flax.train.sharding import placed
 from gam_flax.train.step import TrainState
 
 
@@ -40,8 +41,10 @@ def going_on(state: TrainState, settings: Settings) -> TrainState:
         step=step,
     )
     shardings = jax.tree.map(lambda old: old.sharding, state.optimizer)
-    optimizer = jax.device_put(optimizer, shardings)
-    return state._replace(step=jnp.full_like(state.step, step), optimizer=optimizer)
+    return state._replace(
+        step=placed(jnp.int32(step), state.step.sharding),
+        optimizer=placed(optimizer, shardings),
+    )
 
 
 def _optimizer_in(settings: Settings) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import time
 from collections import deque
 from contextlib import ExitStack, closing
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from gam_flax.train.diagnosis import where_it_began
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.fit import Result
 from gam_flax.train.handover import going_on
+from gam_flax.train.hosts import is_first, wait_for_all
 from gam_flax.train.metrics import MetricLines, read_metrics
 from gam_flax.train.network import build_network
 from gam_flax.train.pipeline import evaluation_batches, stream, training_batches
@@ -30,9 +32,9 @@ from gam_flax.train.progress import Progress
 from gam_flax.train.recipe import learning_rate_schedule, make_optimizer
 from gam_flax.train.run_folder import RunFolder, opened
 from gam_flax.train.settings import Settings
-from gam_flax.train.sharding import make_mesh, put_batch
+from gam_flax.train.sharding import gathered, make_mesh, own_rows, put_batch
 from gam_flax.train.step import Steps, TrainState, make_steps
-from gam_flax.train.stopping import StopRequest
+from gam_flax.train.stopping import SharedStopRequest, StopRequest, stop_request
 
 WINDOW = 50
 """Images per second are those of so many steps."""
@@ -48,7 +50,8 @@ def run(
     force: bool,
     console: Console,
 ) -> Result:
-    """What `fit` does."""
+    """What `fit` does. Of several hosts all come here, and the first alone writes and speaks."""
+    console.quiet = console.quiet or not is_first()
 
     def say(line: str) -> None:
         console.print(Text(line))
@@ -68,24 +71,26 @@ def run(
         say(f"{out}: {'a new run' if new and not first else f'going on from step {first}'}")
         training = Training(settings, data, mesh, steps, per_epoch, save_every, workers)
         training.checkpoints, training.say = checkpoints, say
-        training.records = [stack.enter_context(closing(MetricLines(folder.metrics, until=first)))]
-        if tensorboard:
-            training.records.append(stack.enter_context(closing(Board(folder.board, until=first))))
+        kinds = [partial(MetricLines, folder.metrics)] if is_first() else []
+        kinds += [partial(Board, folder.board)] if is_first() and tensorboard else []
+        training.records = [stack.enter_context(closing(kind(until=first))) for kind in kinds]
         total = settings.epochs * per_epoch
         training.bar = stack.enter_context(Progress(console, total, first))
-        training.stop = stack.enter_context(StopRequest())
+        training.stop = stack.enter_context(stop_request())
         state = training.from_step(first, total, state)
         step = int(state.step)
         checkpoints.wait()
         if checkpoints.latest_step() != step:
             raise TrainingError(f"{out}: the end of step {step} was not saved; make room")
+        wait_for_all("the metrics are written")
         accuracies = _accuracies(folder)
         best = max(accuracies, default=None)
         if step < total:
             say(f"stopped after step {step} of {total}, which is saved; the same call goes on")
             return Result(step, False, None, best)
-        _write_models(folder, steps, state, data, checkpoints, accuracies)
-        _draw(folder, say)
+        _write_models(folder, training, state, accuracies)
+        if is_first():
+            _draw(folder, say)
         return Result(step, True, accuracies[-1], best)
 
 
@@ -98,7 +103,7 @@ class Training:
     checkpoints: Checkpoints
     records: list[MetricLines | Board]
     bar: Progress
-    stop: StopRequest
+    stop: StopRequest | SharedStopRequest
     say: Any
 
     def __init__(
@@ -117,7 +122,7 @@ class Training:
         self.per_epoch = per_epoch
         self.save_every = save_every
         self.workers = workers
-        share = (jax.process_index(), jax.process_count())
+        rows = own_rows(mesh, settings.batch_size)
         flip = data.mirrored if settings.flip is None else settings.flip
         self.data = data
         self.batches = training_batches(
@@ -127,10 +132,10 @@ class Training:
             side=data.side,
             crop=_crop(settings, data),
             flip=flip,
-            share=share,
+            rows=rows,
         )
         self.test_batches = evaluation_batches(
-            data.test, batch_size=settings.batch_size, side=data.side, share=share
+            data.test, batch_size=settings.batch_size, side=data.side, rows=rows
         )
         self.times: deque[float] = deque(maxlen=WINDOW)
 
@@ -144,14 +149,15 @@ class Training:
                     self._note(*waiting, state)
                 waiting = (step, metrics)
                 ends = step % self.per_epoch == 0
-                if ends or self.stop.asked or (self.save_every and step % self.save_every == 0):
+                stops = self.stop.at(step)
+                if ends or stops or (self.save_every and step % self.save_every == 0):
                     self._note(*waiting, state)
                     waiting = None
                     accuracy = self._evaluate(step, state) if ends else None
                     for record in self.records:
                         record.to_disk()
                     self.checkpoints.save(state, accuracy)
-                if self.stop.asked:
+                if stops:
                     break
         return state
 
@@ -198,7 +204,7 @@ class Training:
         """The state is still the one before the step, and its batch can be had again."""
         self.checkpoints.wait()
         batch = self.batches[step - 1]
-        where = where_it_began(*self.steps.as_trained(state, batch))
+        where = where_it_began(*self.steps.as_trained(gathered(state, self.mesh), batch))
         last = self.checkpoints.latest_step()
         kept = "no checkpoint was written yet" if last is None else f"checkpoint {last} is kept"
         raise TrainingError(
@@ -247,24 +253,25 @@ def _accuracies(folder: RunFolder) -> list[float]:
 
 
 def _write_models(
-    folder: RunFolder,
-    steps: Steps,
-    state: TrainState,
-    data: DataSet,
-    checkpoints: Checkpoints,
-    accuracies: list[float],
+    folder: RunFolder, training: Training, state: TrainState, accuracies: list[float]
 ) -> None:
+    step = training.checkpoints.best_step()
+    best = state if step is None else training.checkpoints.restore(step, state)
+    _write_model(folder.last, training, state, accuracies[-1])
+    _write_model(folder.best, training, best, max(accuracies))
+
+
+def _write_model(path: Path, training: Training, state: TrainState, accuracy: float) -> None:
+    """With what a user needs beside the weights. All hosts have parts, the first one writes."""
+    whole = gathered(state, training.mesh)
     about = {
-        "mean": json.dumps(data.mean),
-        "std": json.dumps(data.std),
-        "classes": json.dumps(data.classes),
+        "mean": json.dumps(training.data.mean),
+        "std": json.dumps(training.data.std),
+        "classes": json.dumps(training.data.classes),
+        "test_accuracy": f"{accuracy:.4f}",
     }
-    last = {**about, "test_accuracy": f"{accuracies[-1]:.4f}"}
-    save(steps.model(state), folder.last, force=True, about=last)
-    step = checkpoints.best_step()
-    best = state if step is None else checkpoints.restore(step, state)
-    about["test_accuracy"] = f"{max(accuracies):.4f}"
-    save(steps.model(best), folder.best, force=True, about=about)
+    if is_first():
+        save(training.steps.model(whole), path, force=True, about=about)
 
 
 def _draw(folder: RunFolder, say: Any) -> None:

@@ -29,7 +29,7 @@ def training_batches(
     side: int,
     crop: int,
     flip: bool,
-    share: tuple[int, int] = (0, 1),
+    rows: np.ndarray | None = None,
 ) -> Any:
     """Every batch of a training that never ends, as a `grain.MapDataset`: `batches[n]`.
 
@@ -39,19 +39,18 @@ def training_batches(
     Args:
         batch_size: of all processes together.
         side, crop, flip: see `augment`.
-        share: (this process, number of processes): what the batches hold of the whole ones.
+        rows: of each batch the ones that this process reads; None for all.
 
     Returns:
-        {"image": (B, side, side, C) uint8, "label": (B,) int32}.
+        {"image": (B, side, side, C) uint8, "label": (B,) int32}, B the number of rows.
     """
     import grain
 
-    process, processes = share
     length = len(pictures) // batch_size * batch_size
     shuffled = grain.MapDataset.source(pictures).seed(seed).shuffle()
     epoch = _first(shuffled, length).repeat()
     ready = epoch.random_map(partial(augment, side=side, crop=crop, flip=flip))
-    return ready[process::processes].batch(batch_size // processes)
+    return _in_batches(ready, batch_size, rows)
 
 
 def _first(shuffled: Any, length: int) -> Any:
@@ -60,12 +59,12 @@ def _first(shuffled: Any, length: int) -> Any:
 
 
 def evaluation_batches(
-    pictures: Pictures, *, batch_size: int, side: int, share: tuple[int, int] = (0, 1)
+    pictures: Pictures, *, batch_size: int, side: int, rows: np.ndarray | None = None
 ) -> Any:
     """All pictures once, in order, their middle; the last batch is filled up.
 
     Args:
-        batch_size, share: as `training_batches` has them.
+        batch_size, rows: as `training_batches` has them.
 
     Returns:
         As `training_batches`, and "weight": 1 for a picture, 0 for what fills.
@@ -73,7 +72,7 @@ def evaluation_batches(
     import grain
 
     ready = grain.MapDataset.source(pictures).map(partial(middle, side=side))
-    return ready.batch(batch_size).map(partial(_filled, size=batch_size, share=share))
+    return _in_batches(_FilledUp(ready, batch_size), batch_size, rows)
 
 
 def stream(batches: Any, start: int, *, workers: int = 0) -> Any:
@@ -118,16 +117,43 @@ def middle(element: Batch, *, side: int) -> Batch:
     return {**element, "image": element["image"][top : top + side, left : left + side]}
 
 
-def _filled(batch: Batch, *, size: int, share: tuple[int, int]) -> Batch:
-    process, processes = share
-    missing = size - len(batch["label"])
-    batch = {**batch, "weight": np.ones(len(batch["label"]), np.float32)}
-    return {
-        key: np.concatenate([value, np.zeros((missing, *value.shape[1:]), value.dtype)])[
-            process::processes
-        ]
-        for key, value in batch.items()
-    }
+def _in_batches(elements: Any, batch_size: int, rows: np.ndarray | None) -> Any:
+    """Batches of so many elements, and of each these rows: others are never read."""
+    import grain
+
+    rows = np.arange(batch_size) if rows is None else rows
+    return grain.MapDataset.source(_Rows(elements, batch_size, rows)).batch(len(rows))
+
+
+class _Rows:
+    """Of each `batch_size` elements those at `rows`."""
+
+    def __init__(self, elements: Any, batch_size: int, rows: np.ndarray):
+        self.elements = elements
+        self.batch_size = batch_size
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.elements) // self.batch_size * len(self.rows)
+
+    def __getitem__(self, index: int) -> Batch:
+        batch, row = divmod(index, len(self.rows))
+        return self.elements[batch * self.batch_size + int(self.rows[row])]
+
+
+class _FilledUp:
+    """Elements with "weight" 1, then the first again with weight 0 until the batch is full."""
+
+    def __init__(self, elements: Any, batch_size: int):
+        self.elements = elements
+        self.length = -(-len(elements) // batch_size) * batch_size
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __getitem__(self, index: int) -> Batch:
+        real = index < len(self.elements)
+        return {**self.elements[index if real else 0], "weight": np.asarray(real, np.float32)}
 
 
 def _start_worker(worker: int, workers: int) -> None:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 from gam_flax.convert.errors import shorten
 from gam_flax.convert.files import whole_file
 from gam_flax.train.errors import TrainingError
+from gam_flax.train.hosts import is_first, wait_for_all
 from gam_flax.train.settings import Settings, differences
 
 
@@ -55,16 +56,35 @@ def names_in(folder: Path) -> RunFolder:
 
 @contextmanager
 def opened(folder: Path, settings: Settings, *, force: bool) -> Iterator[RunFolder]:
-    """The folder, for this process alone: new, or of a run with the same settings.
+    """The folder, for this run alone: new, or of one with the same settings.
+
+    The first host makes it; the others wait for that, and must see it too.
 
     Args:
         force: take away the run that is there.
 
     Raises:
-        TrainingError: another process trains in it, its run has other settings, or it is
-            something else than a run.
+        TrainingError: another process trains in it, its run has other settings, it is something
+            else than a run, or this host does not see it.
     """
     run = names_in(folder)
+    if is_first():
+        with _locked(folder, run, settings, force):
+            wait_for_all("the folder is there")
+            yield run
+    else:
+        wait_for_all("the folder is there")
+        if not run.settings.exists():
+            raise TrainingError(
+                f"{shorten(folder)}: what the first host wrote there is not seen from this one; "
+                "name a folder (--out) on a disk that all hosts share"
+            )
+        _check_same(run, settings)
+        yield run
+
+
+@contextmanager
+def _locked(folder: Path, run: RunFolder, settings: Settings, force: bool) -> Iterator[None]:
     try:
         strange = folder.exists() and not run.settings.exists() and _others(folder, run)
         folder.mkdir(parents=True, exist_ok=True)
@@ -87,7 +107,7 @@ def opened(folder: Path, settings: Settings, *, force: bool) -> Iterator[RunFold
         else:
             with whole_file(run.settings, force=False) as part:
                 part.write_text(settings.to_json(), encoding="utf-8")
-        yield run
+        yield
 
 
 def _others(folder: Path, run: RunFolder) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -38,8 +39,35 @@ def state_shardings(state: Any, mesh: Mesh, parameters: str) -> Any:
     return jax.tree.map(place, state)
 
 
+def placed(state: Any, shardings: Any) -> Any:
+    """The arrays of a state, the same on every process, where `shardings` say."""
+
+    def place(leaf: Any, sharding: NamedSharding) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            data = place(jax.random.key_data(leaf), sharding)
+            return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
+        whole = np.asarray(leaf)
+        return jax.make_array_from_callback(
+            whole.shape, sharding, lambda part: np.array(whole[part])
+        )
+
+    return jax.tree.map(place, state, shardings)
+
+
+def gathered(state: Any, mesh: Mesh) -> Any:
+    """The whole of each array on this process's first device; all processes must ask for it."""
+    whole = jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, P()))(state)
+    return jax.tree.map(lambda leaf: leaf.addressable_shards[0].data, whole)
+
+
+def own_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
+    """Which rows of a batch lie on this process's devices, in the order of `put_batch`."""
+    parts = NamedSharding(mesh, P(AXIS)).addressable_devices_indices_map((batch_size,))
+    return np.sort(np.concatenate([np.arange(batch_size)[part] for part in parts.values()]))
+
+
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """This process's part of a batch, cut along its first axis over the mesh."""
+    """This process's rows of a batch, which is cut along its first axis over the mesh."""
     sharding = NamedSharding(mesh, P(AXIS))
     return {
         key: jax.make_array_from_process_local_data(sharding, value) for key, value in batch.items()

@@ -9,10 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gam_flax.train.settings import Settings
-from gam_flax.train.sharding import state_shardings
+from gam_flax.train.sharding import placed, state_shardings
 
 Metrics = dict[str, jax.Array]
 
@@ -144,11 +144,12 @@ def make_steps(
         network = nnx.merge(graph, state.params, state.rest)
         return network, prepare(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
 
+    everywhere = NamedSharding(mesh, PartitionSpec())
     shardings = state_shardings(jax.eval_shape(start), mesh, settings.parameters)
     return Steps(
-        lambda: jax.device_put(start(), shardings),
-        jax.jit(train, donate_argnums=0, out_shardings=(shardings, None)),
-        jax.jit(evaluate),
+        lambda: placed(start(), shardings),
+        jax.jit(train, donate_argnums=0, out_shardings=(shardings, everywhere)),
+        jax.jit(evaluate, out_shardings=everywhere),
         lambda state: nnx.merge(eval_graph, _evaluated(state), state.rest),
         as_trained,
     )

@@ -54,16 +54,31 @@ def test_a_stream_starts_anywhere(numbered, start):
             assert same(next(ahead), found[n])
 
 
-@pytest.mark.parametrize("processes", [2, 4])
-def test_shares_make_up_the_batch(numbered, processes):
-    whole = batches(numbered)
-    shares = [batches(numbered, share=(i, processes)) for i in range(processes)]
-    for n in (0, EPOCH, 2 * EPOCH + 1):
-        parts = [share[n] for share in shares]
-        assert all(len(part["label"]) == BATCH // processes for part in parts)
-        for i, part in enumerate(parts):
-            expected = {key: value[i::processes] for key, value in whole[n].items()}
-            assert same(part, expected)
+@pytest.mark.parametrize("rows", [[0, 1, 2, 3], [4, 5], [1, 6, 7]])
+def test_a_host_reads_its_rows_of_each_batch_and_no_other(numbered, rows):
+    read = []
+
+    class Watched(Pictures):
+        def __getitem__(self, index):
+            read.append(index)
+            return super().__getitem__(index)
+
+    watched = Watched(numbered.images, numbered.labels)
+    evaluated = {"batch_size": BATCH, "side": 10}
+    for found, whole in (
+        (batches(watched, rows=np.array(rows)), batches(numbered)),
+        (
+            evaluation_batches(watched, **evaluated, rows=np.array(rows)),
+            evaluation_batches(numbered, **evaluated),
+        ),
+    ):
+        for n in (0, EPOCH):
+            read.clear()
+            found_n = found[n]
+            assert same(found_n, {key: value[rows] for key, value in whole[n].items()})
+            assert len(read) == len(rows)
+            assert set(read) == set(found_n["label"].tolist())
+        assert len(found) == len(whole)
 
 
 def test_evaluation_sees_each_picture_once(numbered):
