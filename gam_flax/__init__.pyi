@@ -1,5 +1,6 @@
 from . import convert as convert
 from . import linen as linen
+from . import maps as maps
 from . import parity as parity
 from . import train as train
 from .attention import BAM as BAM
@@ -11,6 +12,8 @@ from .attention import SqueezeExcitation as SqueezeExcitation
 from .attention import create_attention as create_attention
 from .attention import list_attentions as list_attentions
 from .attention import start_as_identity as start_as_identity
+from .maps import attention_maps as attention_maps
+from .maps import draw_attention_maps as draw_attention_maps
 from .models import MobileNetV2 as MobileNetV2
 from .models import ResNet as ResNet
 from .models import create_model as create_model

@@ -18,6 +18,7 @@ from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free, whole_file
 from gam_flax.convert.layouts import VARIANTS
 from gam_flax.convert.source import open_source
+from gam_flax.maps.command import maps
 from gam_flax.train.command import train
 from gam_flax.train.errors import LIBRARIES
 
@@ -404,6 +405,7 @@ def _block_table(blocks: list[Block]) -> Table:
 
 
 app.command()(train)
+app.command()(maps)
 
 
 def main() -> None:

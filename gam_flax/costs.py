@@ -14,6 +14,7 @@ from rich.table import Table
 
 from gam_flax.models.registry import create_model
 from gam_flax.models.summary import Summary, summarize
+from gam_flax.preprocess import usual_side
 
 PAPER = "arXiv 2112.05561"
 
@@ -120,14 +121,14 @@ def count_network(name: str, *, side: int | None = None, **options: Any) -> Summ
 
     Args:
         name: one of `list_models()`.
-        side: of the picture in pixels; None for 32 with the "cifar" stem, else 224.
+        side: of the picture in pixels; None for `usual_side`.
         **options: what `create_model` takes.
 
     Raises:
         ValueError: what `create_model` raises.
     """
     model = nnx.eval_shape(lambda: create_model(name, rngs=nnx.Rngs(0), **options))
-    side = side or (32 if getattr(model, "stem", None) == "cifar" else 224)
+    side = side or usual_side(model)
     return summarize(model, (1, side, side, 3))
 
 

@@ -15,11 +15,16 @@ from rich.table import Table
 
 from gam_flax.convert.blocks import identify
 from gam_flax.convert.checkpoint import Checkpoint, read_checkpoint
-from gam_flax.convert.files import check_free, whole_file
+from gam_flax.convert.files import check_free
 from gam_flax.convert.into_flax import load_torch
 from gam_flax.convert.saved import build
+from gam_flax.maps.photograph import draw_attention_maps, picture_settings
+from gam_flax.preprocess import normalized
 
 ROUNDS = 7
+
+DRAWN = (1, 5, 9)
+"""The classes whose first image gets a figure: a trouser, a sandal, a boot."""
 
 
 def run_demo(console: Console, out: Path, *, force: bool) -> None:
@@ -29,10 +34,10 @@ def run_demo(console: Console, out: Path, *, force: bool) -> None:
         out: the folder for the pictures, made where it does not exist.
         force: replace pictures that exist.
     """
-    picture = out / "attention_maps.png"
-    check_free(picture, force=force)
     checkpoint, images, labels = shipped()
-    about = checkpoint.metadata
+    settings = picture_settings(checkpoint.metadata, checkpoint.path)
+    for label in DRAWN:
+        check_free(_figure(out, settings, label), force=force)
     blocks = identify(checkpoint)
     console.print(
         f"Checkpoint  fashion_gam.pt, PyTorch {checkpoint.container} file, "
@@ -49,11 +54,14 @@ def run_demo(console: Console, out: Path, *, force: bool) -> None:
         f"Ported      {len(report.mapped)} of {len(checkpoint.tensors)} tensors to Flax, "
         f"{len(report.missing)} missing, {len(report.unexpected)} left over"
     )
-    x = (images[..., None].astype(np.float32) / 255 - float(about["mean"])) / float(about["std"])
+    x = normalized(images[..., None], settings["mean"], settings["std"])
     console.print(compare(torch_model, flax_model, x, labels))
     out.mkdir(parents=True, exist_ok=True)
-    draw_maps(flax_model, x, images, labels, json.loads(about["classes"]), picture, force=force)
-    console.print(f"Pictures    {picture}")
+    for label in DRAWN:
+        figure = _figure(out, settings, label)
+        image = images[np.argmax(labels == label)]
+        draw_attention_maps(flax_model, image, figure, force=force, **settings)
+        console.print(f"Attention   {figure}")
 
 
 def shipped() -> tuple[Checkpoint, np.ndarray, np.ndarray]:
@@ -122,54 +130,8 @@ def _median_time(run: Callable[[], Any]) -> float:
     return sorted(times)[ROUNDS // 2]
 
 
-def draw_maps(
-    model: Any,
-    x: np.ndarray,
-    images: np.ndarray,
-    labels: np.ndarray,
-    classes: list[str],
-    path: Path,
-    *,
-    force: bool,
-    count: int = 6,
-) -> None:
-    """A PNG: for the first image of each of `count` classes, the spatial gate after each stage."""
-    import jax.numpy as jnp
-    from flax import nnx
-    from matplotlib.cm import ScalarMappable
-    from matplotlib.colors import Normalize
-    from matplotlib.figure import Figure
-
-    rows = [int(np.argmax(labels == label)) for label in np.unique(labels)[:count]]
-    capture = nnx.capture(model, nnx.Intermediate, method_outputs=nnx.Intermediate)
-    logits, kept = capture(jnp.asarray(x[rows]))
-    predicted = np.asarray(logits).argmax(1)
-    stages = [n for n in range(1, len(model.layers) + 1) if hasattr(model, f"attention{n}")]
-    gates = [
-        np.asarray(kept[f"attention{n}"]["spatial_attention"]["__call__"].get_value()[0]).mean(-1)
-        for n in stages
-    ]
-    low, high = min(gate.min() for gate in gates), max(gate.max() for gate in gates)
-    figure = Figure(figsize=(2.1 * (len(stages) + 1) + 0.8, 2.1 * count), layout="constrained")
-    axes = figure.subplots(count, len(stages) + 1, squeeze=False)
-    for row, (index, line) in enumerate(zip(rows, axes, strict=True)):
-        line[0].imshow(images[index], cmap="gray", extent=(0, 1, 1, 0))
-        line[0].set_ylabel(classes[labels[index]], fontsize=10)
-        line[0].set_title(f"predicted: {classes[predicted[row]]}", fontsize=9)
-        for axis, stage, gate in zip(line[1:], stages, gates, strict=True):
-            axis.imshow(gate[row], vmin=low, vmax=high, extent=(0, 1, 1, 0))
-            at = (np.arange(images.shape[1]) + 0.5) / images.shape[1]
-            axis.contour(at, at, images[index], levels=[64], colors="white", linewidths=0.8)
-            if row == 0:
-                axis.set_title(f"stage {stage}, {gate.shape[1]}×{gate.shape[2]}", fontsize=9)
-        for axis in line:
-            axis.set_xticks([])
-            axis.set_yticks([])
-    figure.suptitle("Where GAM's spatial gate is open: mean over channels, image outlined")
-    scale = ScalarMappable(Normalize(low, high))
-    figure.colorbar(scale, ax=axes, label="spatial gate (0 closed, 1 open)", aspect=50)
-    with whole_file(path, force=force) as part:
-        figure.savefig(part, format="png", dpi=110)
+def _figure(out: Path, settings: dict[str, Any], label: int) -> Path:
+    return out / f"attention_{settings['classes'][label]}.png"
 
 
 def _arguments(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, UInt8
@@ -41,18 +42,50 @@ def preprocess_imagenet(
     Raises:
         ValueError: `size` above `resize`; an array of other channels or of another dtype.
     """
+    return normalized(cut_square(image, size=size, resize=resize), MEAN, STD)
+
+
+def cut_square(
+    image: UInt8[np.ndarray, "H W"] | UInt8[np.ndarray, "H W C"] | Image,
+    *,
+    size: int,
+    resize: int,
+    channels: int = 3,
+) -> UInt8[np.ndarray, "size size channels"]:
+    """The middle `size` × `size` pixels of `image` after its shorter side became `resize`.
+
+    Args:
+        channels: of the result, 3 for RGB, 1 for grey.
+
+    Raises:
+        ValueError: as `preprocess_imagenet`.
+    """
     from PIL import Image
 
     if size > resize:
         raise ValueError(f"size {size} cannot be cut out of a side of {resize}")
     picture = image if isinstance(image, Image.Image) else Image.fromarray(_checked(image))
-    picture = picture.convert("RGB")
+    picture = picture.convert("RGB" if channels == 3 else "L")
     scale = resize / min(picture.size)
     sides = [resize if side == min(picture.size) else int(side * scale) for side in picture.size]
     picture = picture.resize((sides[0], sides[1]), Image.Resampling.BILINEAR)
     left, top = (round((side - size) / 2) for side in sides)
-    pixels = np.asarray(picture.crop((left, top, left + size, top + size)), np.float32) / 255
-    return (pixels - np.asarray(MEAN, np.float32)) / np.asarray(STD, np.float32)
+    pixels = np.asarray(picture.crop((left, top, left + size, top + size)))
+    return pixels.reshape(size, size, channels)
+
+
+def normalized(
+    pixels: UInt8[np.ndarray, "*B H W C"], mean: Sequence[float], std: Sequence[float]
+) -> Float[np.ndarray, "*B H W C"]:
+    """(pixels / 255 − mean) / std in float32, channel by channel."""
+    scaled = pixels.astype(np.float32) / 255
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+
+
+def usual_side(model: Any) -> int:
+    """Pixels of the side of the pictures that a network is mostly given: 32 with the "cifar"
+    stem, else 224."""
+    return 32 if getattr(model, "stem", None) == "cifar" else 224
 
 
 def _checked(array: np.ndarray) -> np.ndarray:

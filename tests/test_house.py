@@ -141,7 +141,7 @@ FLOORS = [
     ["convert"],
     ["parity", "train"],
 ]
-FLOORS += [["costs", "demo"], ["cli"]]
+FLOORS += [["maps", "export"], ["costs", "demo"], ["cli"]]
 FLOOR = {part: height for height, parts in enumerate(FLOORS) for part in parts}
 
 
@@ -182,8 +182,8 @@ HOMES = homes()
 
 @each(sources(FLAX))
 def test_arrows(file):
-    """cli → costs, demo → train, parity → convert → models, linen → attention → ops, never back;
-    optimize stands beside attention."""
+    """cli → costs, demo → maps, export → train, parity → convert → models, linen → attention →
+    ops, never back; optimize stands beside attention."""
     part = file.relative_to(FLAX).parts[0].removesuffix(".py")
     if part == "__init__":
         assert {name for name, _ in imports(file)} == {"lazy_loader"}
@@ -257,7 +257,7 @@ def test_lazy_doors(code, frameworks):
     "package",
     [
         *("gam_flax", "gam_flax.attention", "gam_flax.linen", "gam_flax.ops", "gam_flax.models"),
-        *("gam_flax.convert", "gam_flax.parity", "gam_flax.train"),
+        *("gam_flax.convert", "gam_flax.parity", "gam_flax.train", "gam_flax.maps"),
         *("gam_torch", "gam_torch.attention", "gam_torch.models"),
     ],
 )

@@ -183,8 +183,12 @@ class BAM(nnx.Module):
         """The block of a named source, see above; `overrides` are constructor arguments."""
         return cls(channels, **variant_options(BAM_VARIANTS, variant, overrides))
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def gate(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        """Both gates as one, in (0, 1): what is added to 1, and multiplied with `x`."""
         check_channels("BAM", x.shape, self.channels)
         channel, spatial = self.channel_attention(x), self.spatial_attention(x)
         both = channel * spatial if self.combine == "product" else channel + spatial
-        return x * (1 + jax.nn.sigmoid(both))
+        return jax.nn.sigmoid(both)
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return x * (1 + self.gate(x))

@@ -82,7 +82,11 @@ class SqueezeExcitation(nnx.Module):
         """The block of a named source, see above; `overrides` are constructor arguments."""
         return cls(channels, **variant_options(SE_VARIANTS, variant, overrides))
 
-    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+    def channel_attention(self, x: Float[Array, "B H W C"]) -> Float[Array, "B 1 1 C"]:
+        """The gate itself, in [0, 1], to be multiplied with `x`."""
         check_channels("SqueezeExcitation", x.shape, self.channels)
         gate = GATES[self.gate](self.fc2(jax.nn.relu(self.fc1(x.mean((1, 2))))))
-        return x * gate[:, None, None, :]
+        return gate[:, None, None, :]
+
+    def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B H W C"]:
+        return x * self.channel_attention(x)

@@ -68,6 +68,21 @@ def dotted(model: Any, path: Iterable[Any]) -> str:
     return ".".join(parts)
 
 
+def built(model: Any, path: Iterable[Any]) -> list[int]:
+    """Sorts paths by the order of building, which mostly is that of running: of each part, the
+    number of its attribute."""
+    order: list[int] = []
+    node = model
+    for part in path:
+        if str(part).isdigit():
+            order.append(int(part))
+            node = node[int(part)]
+        else:
+            order.append(list(vars(node)).index(part))
+            node = getattr(node, part)
+    return order
+
+
 def _child(node: Any, part: Any) -> Any:
     if isinstance(part, str) and hasattr(node, part):
         return getattr(node, part)

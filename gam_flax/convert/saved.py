@@ -126,12 +126,16 @@ def load(path: str | os.PathLike) -> nnx.Module:
     Raises:
         CheckpointError: the file cannot be read, or does not say how its model is built.
     """
+    return load_checkpoint(read_checkpoint(path))
+
+
+def load_checkpoint(checkpoint: Checkpoint) -> nnx.Module:
+    """`load`, of a file that was read already."""
     import gam_flax
 
-    checkpoint = read_checkpoint(path)
-    model = build(gam_flax, checkpoint.metadata, str(path))
+    model = build(gam_flax, checkpoint.metadata, checkpoint.path)
     if "optimized" in checkpoint.metadata:
-        _fill_optimized(model, checkpoint, str(path))
+        _fill_optimized(model, checkpoint, checkpoint.path)
     else:
         load_torch(model, checkpoint)
     return model

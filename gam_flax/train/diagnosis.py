@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from flax import nnx
 
-from gam_flax.convert.flax_paths import dotted, nnx_variables
+from gam_flax.convert.flax_paths import built, dotted, nnx_variables
 
 
 def where_it_began(model: nnx.Module, images: Any, labels: Any) -> str:
@@ -54,21 +54,7 @@ def _outputs(model: nnx.Module, images: Any) -> list[tuple[str, Any]]:
         inside = [p for p, _ in nnx.iter_modules(module) if p]
         if not inside and "__call__" in node:
             found += [(dotted(model, path), out) for out in node["__call__"].get_value()]
-    return sorted(found, key=lambda pair: _built(model, pair[0]))
-
-
-def _built(model: nnx.Module, path: str) -> list[int]:
-    """Where a layer stands in the order of building: at each module, its attribute's number."""
-    order: list[int] = []
-    node: Any = model
-    for part in path.split("."):
-        if part.isdigit():
-            order.append(int(part))
-            node = node[int(part)]
-        else:
-            order.append(list(vars(node)).index(part))
-            node = getattr(node, part)
-    return order
+    return sorted(found, key=lambda pair: built(model, pair[0].split(".")))
 
 
 def _gradient(model: nnx.Module, images: Any, labels: Any) -> str:
@@ -83,7 +69,7 @@ def _gradient(model: nnx.Module, images: Any, labels: Any) -> str:
     paths = [p for p, v in nnx_variables(grads).items() if not _finite(v[...])]
     if not paths:
         return "'s norm, which is too large for a float32"
-    last = max(paths, key=lambda path: _built(model, path.rpartition(".")[0]))
+    last = max(paths, key=lambda path: built(model, path.split(".")[:-1]))
     return f" of {last}"
 
 

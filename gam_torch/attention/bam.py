@@ -156,8 +156,12 @@ class BAM(nn.Module):
         """The block of a named source, see above; `overrides` are constructor arguments."""
         return cls(channels, **variant_options(BAM_VARIANTS, variant, overrides))
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def gate(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        """Both gates as one, in (0, 1): what is added to 1, and multiplied with `x`."""
         check_channels("BAM", x.shape, self.channels)
         channel, spatial = self.channel_attention(x), self.spatial_attention(x)
         both = channel * spatial if self.combine == "product" else channel + spatial
-        return x * (1 + torch.sigmoid(both))
+        return torch.sigmoid(both)
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return x * (1 + self.gate(x))

@@ -73,7 +73,11 @@ class SqueezeExcitation(nn.Module):
         """The block of a named source, see above; `overrides` are constructor arguments."""
         return cls(channels, **variant_options(SE_VARIANTS, variant, overrides))
 
-    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+    def channel_attention(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C 1 1"]:
+        """The gate itself, in [0, 1], to be multiplied with `x`."""
         check_channels("SqueezeExcitation", x.shape, self.channels)
         gate = GATES[self.gate](self.fc2(F.relu(self.fc1(x.mean((2, 3))))))
-        return x * gate[:, :, None, None]
+        return gate[:, :, None, None]
+
+    def forward(self, x: Float[Tensor, "B C H W"]) -> Float[Tensor, "B C H W"]:
+        return x * self.channel_attention(x)

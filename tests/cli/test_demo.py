@@ -39,7 +39,9 @@ def test_the_demo(tmp_path):
     said = text.getvalue()
     for word in ("attention1", "110 of 110 tensors", "accuracy", "compilation", "float64", "PNG"):
         assert word.lower() in said.lower()
-    picture = (tmp_path / "out" / "attention_maps.png").read_bytes()
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert names == {f"attention_{name}.png" for name in ("trouser", "sandal", "boot")}
+    picture = (tmp_path / "out" / "attention_boot.png").read_bytes()
     assert picture.startswith(b"\x89PNG")
     assert len(picture) > 20_000
     with pytest.raises(CheckpointError, match="--force"):
