@@ -1,4 +1,5 @@
 from . import convert as convert
+from . import export as export
 from . import linen as linen
 from . import maps as maps
 from . import parity as parity
@@ -12,6 +13,7 @@ from .attention import SqueezeExcitation as SqueezeExcitation
 from .attention import create_attention as create_attention
 from .attention import list_attentions as list_attentions
 from .attention import start_as_identity as start_as_identity
+from .export import export_model as export_model
 from .maps import attention_maps as attention_maps
 from .maps import draw_attention_maps as draw_attention_maps
 from .models import MobileNetV2 as MobileNetV2

@@ -18,6 +18,7 @@ from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free, whole_file
 from gam_flax.convert.layouts import VARIANTS
 from gam_flax.convert.source import open_source
+from gam_flax.export.command import export
 from gam_flax.maps.command import maps
 from gam_flax.train.command import train
 from gam_flax.train.errors import LIBRARIES
@@ -31,6 +32,7 @@ app = typer.Typer(
 console = Console(soft_wrap=True)
 
 EXTRAS = {"torch": "torch", "matplotlib": "plots", "PIL": "images", "tensorboardX": "tensorboard"}
+EXTRAS["flatbuffers"] = "export"
 EXTRAS |= dict.fromkeys(LIBRARIES, "train")
 """Library → what to install it with."""
 
@@ -406,6 +408,7 @@ def _block_table(blocks: list[Block]) -> Table:
 
 app.command()(train)
 app.command()(maps)
+app.command()(export)
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ FORMULAS = {
     "GAM": "GAM: y = x · channel gate · spatial gate",
     "CBAM": "CBAM: y = x · channel gate · spatial gate",
     "SE": "SE: y = x · channel gate",
-    "BAM": "BAM: y = x · (1 + gate), one gate for both, here by channel and by place",
+    "BAM": "BAM: y = x · (1 + gate), one gate, shown by channel and by place",
 }
 
 
@@ -62,7 +62,7 @@ def draw(seen: Photograph) -> Figure:
         _draw_activations(bottom, line[2:], attention, seen.pixels)
     if scale is not None:
         colours = ScalarMappable(scale, over_photograph(GATES))
-        label = "spatial gate, mean over channels\n0 closed, 1 open"
+        label = "mean over the channels\n0 closed, 1 open"
         bar = bottom.colorbar(colours, ax=axes[:, 1], location="bottom", pad=0.01, aspect=12)
         bar.set_label(label, fontsize=8)
         bar.ax.tick_params(labelsize=8)
@@ -107,13 +107,11 @@ def _draw_channel_gate(axis: Any, attention: AttentionMap) -> None:
     axis.set_xlim(1, max(2, len(middle)))
     axis.xaxis.set_major_locator(MaxNLocator(5, integer=True))
     axis.set_xlabel(f"{len(middle)} channels, in ascending order", fontsize=8)
-    axis.set_ylabel("channel gate", fontsize=8)
+    axis.set_ylabel("gate", fontsize=8)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3)
-    joint = ", both gates in one" if attention.joint else ""
-    axis.set_title(
-        f"{attention.path or 'the block'}\n{attention.kind} channel gate{joint}", fontsize=9
-    )
+    what = "gate by channel" if attention.joint else "channel gate"
+    axis.set_title(f"{attention.path or 'the block'}\n{attention.kind} {what}", fontsize=9)
 
 
 def _draw_spatial_gate(
@@ -128,7 +126,8 @@ def _draw_spatial_gate(
     gate = _over_channels(attention)
     _show(axis, pixels, pale=True)
     axis.imshow(gate, norm=scale, cmap=GATES, alpha=OPACITY, extent=(0, 1, 1, 0))
-    axis.set_title(f"spatial gate, {_size(gate)}\n{gate.min():.2f} to {gate.max():.2f}", fontsize=9)
+    what = "gate by place" if attention.joint else "spatial gate"
+    axis.set_title(f"{what}, {_size(gate)}\n{gate.min():.2f} to {gate.max():.2f}", fontsize=9)
 
 
 def _draw_activations(figure: Any, axes: Any, attention: AttentionMap, pixels: np.ndarray) -> None:

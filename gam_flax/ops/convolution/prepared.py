@@ -10,7 +10,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
-from gam_flax.ops.convolution import fourier
+from gam_flax.ops.convolution import direct, fourier
 from gam_flax.ops.convolution.choose import Shape, best_tiling
 from gam_flax.ops.convolution.fourier import Padding
 
@@ -18,7 +18,8 @@ from gam_flax.ops.convolution.fourier import Padding
 class PreparedConv(nnx.Module):
     """A convolution of stride 1 in the Fourier domain; it has its kernel's spectrum, no kernel.
 
-    It takes pictures of any size; the periods suit one size best.
+    It takes pictures of any size; the periods suit one size best. That is for a CPU: elsewhere
+    the kernel is made of its spectrum again, and the convolution is plain.
 
     Args:
         features: channels in and out.
@@ -82,17 +83,26 @@ class PreparedConv(nnx.Module):
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
         wide = x.astype(jnp.promote_types(x.dtype, self.spectrum.dtype))
-        parts = jnp.split(wide, self.groups, -1)
+        y = jax.lax.platform_dependent(
+            wide, self.spectrum[...], cpu=self._in_tiles, default=self._plain
+        )
+        if self.bias is not None:
+            y += self.bias[...]
+        return y.astype(self.dtype or jnp.result_type(x, self.spectrum[...]))
+
+    def _in_tiles(self, x: Array, spectra: Array) -> Array:
+        parts = jnp.split(x, self.groups, -1)
         tiling = best_tiling(self._shape(parts[0]), prepared=True, periods=self.periods)
         assert tiling is not None
         y = [
             fourier.correlate_spectrum(part, spectrum, self.kernel_size, self.padding, tiling)
-            for part, spectrum in zip(parts, self.spectrum[...], strict=True)
+            for part, spectrum in zip(parts, spectra, strict=True)
         ]
-        y = jnp.concatenate(y, -1) if len(y) > 1 else y[0]
-        if self.bias is not None:
-            y += self.bias[...]
-        return y.astype(self.dtype or jnp.result_type(x, self.spectrum[...]))
+        return jnp.concatenate(y, -1) if len(y) > 1 else y[0]
+
+    def _plain(self, x: Array, spectra: Array) -> Array:
+        kernel = _kernel(spectra.astype(x.dtype), self.periods, self.kernel_size)
+        return direct.plain(x, kernel, (1, 1), self.padding, self.groups)
 
     def _shape(self, x: Array) -> Shape:
         outputs = self.features[1] // self.groups
@@ -111,3 +121,13 @@ def window(conv: nnx.Conv) -> tuple[tuple[int, int], Padding]:
 def _spectra(kernel: Array, periods: tuple[int, int], groups: int) -> Array:
     transform = jax.jit(fourier.kernel_spectrum, static_argnums=1)
     return jnp.stack([transform(part, periods) for part in jnp.split(kernel, groups, -1)])
+
+
+def _kernel(spectra: Array, periods: tuple[int, int], kernel_size: tuple[int, int]) -> Array:
+    """The kernel again: `_spectra` undone, exact but for rounding."""
+    real, imaginary = jnp.split(spectra, 2, -1)
+    whole = jnp.fft.ifft(jax.lax.complex(real, -imaginary), axis=2)  # the spectrum is conjugate
+    kernels = jnp.fft.irfft(whole, periods[0], axis=1)
+    (high, wide), (_, _, _, channels, outputs) = kernel_size, kernels.shape
+    taps = kernels[:, :high, :wide].transpose(1, 2, 3, 0, 4)
+    return taps.reshape(high, wide, channels, len(spectra) * outputs)

@@ -1,0 +1,1 @@
+from .program import export_model as export_model
