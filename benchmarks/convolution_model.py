@@ -1,11 +1,13 @@
 """Fits the cost model of `gam_flax.ops.convolution.choose`, and checks what it chooses.
 
-    python -m benchmarks.convolution_model fit      # prints the coefficients for choose.py
-    python -m benchmarks.convolution_model check    # random shapes: chosen against plain
+    python -m benchmarks.convolution_model measure    # random convolutions; adds to what is there
+    python -m benchmarks.convolution_model fit        # prints the coefficients for choose.py
+    python -m benchmarks.convolution_model check      # random shapes: chosen against plain
 
 Random convolutions are timed on this machine, plain and by a few random tilings each: forward
 and backward, and forward alone with the kernel's spectrum prepared. Coefficients are not
-negative and minimize the squared relative error.
+negative and minimize the squared relative error. Only shapes, tilings and seconds are kept, so
+that another model is fitted without measuring again.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -30,8 +32,44 @@ from gam_flax.ops.convolution.choose import Shape
 from gam_flax.ops.convolution.fourier import Tiling
 
 RESULTS = Path(__file__).parent / "results"
-ENOUGH = 0.3
-"""Seconds of a plain convolution, estimated, beyond which a shape is not worth its time."""
+MEASURED = RESULTS / "convolution_measured.json"
+
+
+class Row(NamedTuple):
+    """One measurement: kind is the name of one of the models in `choose.py`, in lower case."""
+
+    kind: str
+    seconds: float
+    shape: Shape
+    tiling: Tiling | None = None
+
+    @property
+    def features(self) -> tuple[float, ...]:
+        if self.tiling is None:
+            return choose.plain_features(self.shape)
+        return features(self.shape, self.tiling, self.kind == "prepared")
+
+    @classmethod
+    def read(cls, kind: str, seconds: float, shape: list[Any], tiling: list[Any] | None) -> Row:
+        batch, sizes, channels, outputs, kernel, strides, padding, *rest = shape
+        top, left = map(tuple, padding)
+        pairs = tuple(sizes), channels, outputs, tuple(kernel), tuple(strides), (top, left)
+        read = None if tiling is None else Tiling(tuple(tiling[0]), *tiling[1:])
+        return cls(kind, seconds, Shape(batch, *pairs, *rest), read)
+
+
+def recorded() -> tuple[dict[str, Any], list[Row]]:
+    """The machine, and what was measured on it."""
+    if not MEASURED.exists():
+        return processes.machine(), []
+    kept = json.loads(MEASURED.read_text())
+    return kept["machine"], [Row.read(*row) for row in kept["rows"]]
+
+
+def record(path: Path, head: dict[str, Any], rows: Sequence[Any]) -> None:
+    """JSON, a row a line."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
 def random_shape(rng: np.random.Generator) -> Shape:
@@ -40,13 +78,17 @@ def random_shape(rng: np.random.Generator) -> Shape:
         k = int(rng.choice([3, 5, 7, 7, 7, 9]))
         half = k // 2
         side = int(rng.choice([4, 7, 8, 14, 16, 20, 28, 32, 40, 56, 64]))
-        channels, outputs = (int(2 ** rng.uniform(3, 10)) for _ in range(2))
+        exponents = rng.uniform(3, 10, 2)
+        if rng.random() < 0.5:  # most networks have powers of two
+            exponents = exponents.round()
+        channels, outputs = (int(2**exponent) for exponent in exponents)
         batch = int(2 ** rng.uniform(0, 6))
         shape = Shape(
             batch, (side, side), channels, outputs, (k, k), padding=((half, half), (half, half))
         )
-        flops = 2 * choose.plain_features(shape)[0]
-        numbers = choose.plain_features(shape)[1] + channels * outputs * k * k
+        cost = choose.plain_features(shape)
+        flops = 2 * (cost.products + cost.naive)
+        numbers = cost.numbers + cost.kernel
         if 1e7 < flops < 2e10 and numbers < 3e7:
             return shape
 
@@ -62,7 +104,7 @@ def arrays(shape: Shape, rng: np.random.Generator) -> tuple[jax.Array, jax.Array
     return x, kernel, g
 
 
-def median(run: Callable[..., Any], *args: Any, rounds: int = 5) -> float:
+def median(run: Callable[..., Any], *args: Any, rounds: int = 3) -> float:
     """Seconds of a call that is compiled already."""
     times = []
     for _ in range(rounds + 1):
@@ -100,62 +142,60 @@ def in_use(shape: Shape, tiling: Tiling, kernel: jax.Array, x: jax.Array) -> flo
     return median(run, x, spectrum)
 
 
-def measure(shape: Shape, rng: np.random.Generator, tries: int) -> list[dict[str, Any]]:
-    """The rows of one shape: kind, features, seconds."""
+def measure(shape: Shape, rng: np.random.Generator, tries: int) -> list[Row]:
     x, kernel, g = arrays(shape, rng)
-    features = choose.plain_features(shape)
     rows = [
-        {
-            "kind": "plain_forward",
-            "features": features,
-            "seconds": median(jax.jit(plain(shape)), x, kernel),
-        },
-        {
-            "kind": "plain",
-            "features": features,
-            "seconds": median(with_gradients(plain(shape)), x, kernel, g),
-        },
+        Row("plain_forward", median(jax.jit(plain(shape)), x, kernel), shape),
+        Row("plain", median(with_gradients(plain(shape)), x, kernel, g), shape),
     ]
-    for kind, model in (("fourier", choose.FOURIER), ("prepared", choose.PREPARED)):
-        every = choose.tilings(shape, prepared=kind == "prepared")
-        every = [t for t in every if fits(shape, t, kind == "prepared")]
-        # The promising half, so that the model is best where it is asked.
-        costs = [choose.fourier_features(shape, t, prepared=kind == "prepared") for t in every]
-        order = np.argsort([choose.seconds(cost, model) for cost in costs])
-        for index in rng.permutation(order[: max(tries, len(order) // 2)])[:tries]:
-            tiling = every[index]
-            if kind == "fourier":
-                seconds = median(with_gradients(by_fourier(shape, tiling)), x, kernel, g)
-            else:
-                seconds = in_use(shape, tiling, kernel, x)
-            rows.append(
-                {"kind": kind, "tiling": tiling, "features": costs[index], "seconds": seconds}
-            )
-    return [{**row, "shape": shape} for row in rows]
+    for tiling in promising(shape, rng, tries, is_prepared=False):
+        seconds = median(with_gradients(by_fourier(shape, tiling)), x, kernel, g)
+        rows.append(Row("fourier", seconds, shape, tiling))
+    for tiling in promising(shape, rng, tries, is_prepared=True):
+        rows.append(Row("prepared", in_use(shape, tiling, kernel, x), shape, tiling))
+    return rows
 
 
-def fits(shape: Shape, tiling: Tiling, is_prepared: bool) -> bool:
-    cost = choose.fourier_features(shape, tiling, prepared=is_prepared)
-    return cost.products < 2e10 and cost.spectrum < 3e8 and cost.transforms < 2e10
+def promising(
+    shape: Shape, rng: np.random.Generator, tries: int, *, is_prepared: bool
+) -> list[Tiling]:
+    """Some of the half that the model likes best, so that it is best where it is asked."""
+    costs = {
+        t: features(shape, t, is_prepared) for t in choose.tilings(shape, prepared=is_prepared)
+    }
+    model = choose.PREPARED if is_prepared else choose.FOURIER
+    some = [
+        tiling
+        for tiling, cost in costs.items()
+        if cost.products < 2e10 and cost.spectrum < 3e8 and cost.transforms < 2e10
+    ]
+    some.sort(key=lambda tiling: choose.seconds(costs[tiling], model))
+    order = rng.permutation(max(tries, len(some) // 2))
+    return [some[index] for index in order if index < len(some)][:tries]
 
 
-def fit(rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def features(shape: Shape, tiling: Tiling, is_prepared: bool) -> choose.Cost:
+    return choose.fourier_features(shape, tiling, prepared=is_prepared)
+
+
+def fit(rows: list[Row]) -> dict[str, dict[str, Any]]:
     from scipy.optimize import nnls
 
     models = {}
     for kind in ("plain_forward", "plain", "fourier", "prepared"):
-        some = [row for row in rows if row["kind"] == kind]
-        features = np.array([row["features"] for row in some], float)
-        seconds = np.array([row["seconds"] for row in some])
-        matrix = features / seconds[:, None]
-        scale = matrix.max(0)
+        some = [row for row in rows if row.kind == kind]
+        matrix = np.array([row.features for row in some], float)
+        seconds = np.array([row.seconds for row in some])
+        relative = matrix / seconds[:, None]
+        scale = relative.max(0)
         scale[scale == 0] = 1
-        solution, _ = nnls(matrix / scale, np.ones(len(some)))
+        solution, _ = nnls(relative / scale, np.ones(len(some)))
         model = solution / scale
-        ratio = features @ model / seconds
         models[kind] = {
-            "model": model.tolist(),
-            "predicted over measured, 10/50/90 %": np.quantile(ratio, [0.1, 0.5, 0.9]).tolist(),
+            "model": [float(f"{number:.3g}") for number in model],
+            "predicted over measured, 10/50/90 %": [
+                round(float(ratio), 2) for ratio in np.quantile(relative @ model, [0.1, 0.5, 0.9])
+            ],
             "measurements": len(some),
         }
     return models
@@ -193,35 +233,42 @@ def turns(one: Callable[..., Any], other: Callable[..., Any], *args: Any, rounds
     return float(np.median(times[0]) / np.median(times[1]))
 
 
+def measure_more(shapes: list[Shape], rng: np.random.Generator, tries: int) -> None:
+    on, rows = recorded()
+    for shape in track(shapes, "measuring"):
+        rows += measure(shape, rng, tries)
+        record(MEASURED, {"machine": on}, rows)
+
+
+def check_all(shapes: list[Shape], rng: np.random.Generator) -> None:
+    rows = [check(shape, rng) for shape in track(shapes, "checking")]
+    record(RESULTS / "convolution_check.json", {"machine": processes.machine()}, rows)
+    for kind in ("training", "forward", "prepared"):
+        some = [row for row in rows if kind in row]
+        if some:
+            worst = max(some, key=lambda row: row[kind])
+            print(
+                f"{kind}: {len(some)} of {len(rows)} shapes not plain, median "
+                f"{np.median([row[kind] for row in some]):.2f} of plain's time, "
+                f"worst {worst[kind]:.2f}: {worst}"
+            )
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("what", choices=["fit", "check"])
+    parser.add_argument("what", choices=["measure", "fit", "check"])
     parser.add_argument("--shapes", type=int, default=200)
     parser.add_argument("--tries", type=int, default=2, help="tilings a shape")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    on = processes.machine()
     rng = np.random.default_rng(args.seed)
     shapes = [random_shape(rng) for _ in range(args.shapes)]
-    out = RESULTS / f"convolution_{args.what}.json"
-    if args.what == "fit":
-        rows = [
-            row for shape in track(shapes, "fitting") for row in measure(shape, rng, args.tries)
-        ]
-        result: dict[str, Any] = {"machine": on, "models": fit(rows), "rows": rows}
-        print(json.dumps(result["models"], indent=1))
+    if args.what == "measure":
+        measure_more(shapes, rng, args.tries)
+    elif args.what == "check":
+        check_all(shapes, rng)
     else:
-        rows = [check(shape, rng) for shape in track(shapes, "checking")]
-        result = {"machine": on, "rows": rows}
-        for kind in ("training", "forward", "prepared"):
-            ratios = [row[kind] for row in rows if kind in row]
-            if ratios:
-                worst = max((row for row in rows if kind in row), key=lambda row: row[kind])
-                print(
-                    f"{kind}: {len(ratios)} of {len(rows)} shapes not plain, median "
-                    f"{np.median(ratios):.2f} of plain's time, worst {worst[kind]:.2f}: {worst}"
-                )
-    out.write_text(json.dumps(result, indent=1) + "\n")
+        print(json.dumps(fit(recorded()[1]), indent=1))
     return 0
 
 

@@ -16,9 +16,9 @@ from gam_flax.ops.convolution.fourier import Padding, Tiling, cut
 SLAB = 20e6
 """Bytes of a kernel's spectrum at a time: what stays in a cache while it is used."""
 
-ARENA = 32e6
-"""Bytes that glibc keeps for a process. Beyond it every call gets its memory from the kernel
-page by page, which was measured to cost 0.3 s a GB."""
+NEAR = 16e6
+"""Bytes of what a step makes for the next. More of it leaves the caches, and what glibc keeps for
+a process: memory from the kernel was measured to cost 0.3 s a GB."""
 
 LONGEST = 64
 """Points of the longest period. The transforms, products with n × n matrices, grow with n."""
@@ -90,37 +90,57 @@ def _is_whole(sizes: list[Any]) -> bool:
     return all(isinstance(size, int) and size > 0 for size in sizes)
 
 
+class PlainCost(NamedTuple):
+    """What `lax.conv_general_dilated` has to do: multiplications, as products of matrices or in a
+    loop; numbers of the patches around all pixels, of inputs and (going backward) of outputs;
+    numbers of pictures; numbers of the kernel."""
+
+    products: float
+    naive: float
+    patches: float
+    output_patches: float
+    numbers: float
+    kernel: float
+
+
 class Cost(NamedTuple):
-    """What a model's coefficients are multiplied with."""
+    """What Fourier tiles have to do: multiplications of the transforms and between spectra; numbers
+    of spectra made or read; numbers of pictures moved; steps of loops; numbers moved beyond what
+    is near."""
 
     transforms: float
     products: float
     spectrum: float
     moved: float
     steps: float
-    spill: float
+    far: float
 
 
-PLAIN_FORWARD = (6.9e-12, 8.0e-10)
-PLAIN = (1.83e-11, 5.0e-9)
-FOURIER = Cost(4.96e-11, 2.51e-11, 2.76e-9, 1.62e-10, 4.1e-5, 3.9e-10)
-PREPARED = Cost(1.9e-11, 7.8e-12, 6.4e-11, 2.4e-10, 3.1e-5, 4.6e-10)
-"""Seconds for each of what the features count: forward and backward, but for PLAIN_FORWARD and
-PREPARED, which are forward alone. `python -m benchmarks.convolution_model fit` found them, from
-100 random convolutions on two cores of an AMD EPYC 9005 with jax 0.10.2; only their ratios
-matter."""
+PLAIN_FORWARD = PlainCost(5.16e-12, 5.13e-11, 9.17e-11, 2.23e-11, 1.84e-10, 3.69e-10)
+PLAIN = PlainCost(1.22e-11, 7.7e-11, 2.4e-10, 6.25e-11, 1.53e-9, 2.34e-9)
+FOURIER = Cost(7.46e-12, 1.63e-11, 2.52e-9, 4.84e-10, 5.89e-5, 1.54e-9)
+PREPARED = Cost(1.37e-11, 7.38e-12, 5.19e-11, 1.6e-10, 5.52e-6, 3.79e-10)
+"""Seconds for each of what is counted: forward and backward, but for PLAIN_FORWARD and PREPARED,
+which are forward alone. `python -m benchmarks.convolution_model` measured and fitted them, from
+random convolutions on two cores of an AMD EPYC 9005 with jax 0.10.2; only their ratios matter."""
 
 
-def plain_features(shape: Shape) -> tuple[float, float]:
-    """Multiplications, and numbers read and written."""
+def plain_features(shape: Shape) -> PlainCost:
     taps = math.prod(shape.kernel_size)
-    numbers = shape.pixels * (shape.channels + shape.outputs)
-    return shape.pixels * taps * shape.channels * shape.outputs, numbers
+    products = shape.pixels * taps * shape.channels * shape.outputs
+    # XLA has a loop of its own for a kernel that is larger than the picture.
+    naive = any(k > size for k, size in zip(shape.kernel_size, shape.sizes, strict=True))
+    return PlainCost(
+        0 if naive else products,
+        products if naive else 0,
+        shape.pixels * taps * shape.channels,
+        shape.pixels * taps * shape.outputs,
+        shape.pixels * (shape.channels + shape.outputs),
+        taps * shape.channels * shape.outputs,
+    )
 
 
 def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) -> Cost:
-    """Multiplications of both kinds, numbers of spectra made or read, numbers of pictures moved,
-    steps of loops, bytes beyond the arena."""
     (high, wide), (n, m) = _cuts(shape, tiling.periods), tiling.periods
     images = tiling.images or shape.batch
     chunks = -(-shape.batch // images)
@@ -143,7 +163,7 @@ def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) ->
         chunks * 2 * half * m * pair,
         chunks * tiles * moved,
         chunks * steps,
-        chunks * max(0.0, temporary * shape.bytes - ARENA),
+        chunks * tiles * moved * max(0.0, 1 - NEAR / (temporary * shape.bytes)),
     )
 
 

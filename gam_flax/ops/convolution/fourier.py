@@ -193,14 +193,20 @@ def _half_spectrum(tiles: Array, forward: np.ndarray) -> Array:
 
 def _rows(rows: Array, spectrum: Array, second: np.ndarray, back: np.ndarray) -> Array:
     """Some rows of frequencies: transformed along W, multiplied, transformed back along W."""
-    x = jnp.einsum("gqpw,fpwtc->fgqtc", second, rows)
+    x = jnp.einsum("fgqpw,fpwtc->fgqtc", _a_row(second, rows), rows)
     frequencies, tiles, channels = x.shape[:2], x.shape[3], x.shape[4]
     # Real and imaginary parts are more rows: one product a frequency, not four.
     z = jnp.einsum("fgtc,fgco->fgto", x.reshape(*frequencies, 2 * tiles, channels), spectrum)
     z = z.reshape(*frequencies, 2, tiles, 2, -1)
     real = z[:, :, 0, :, 0] - z[:, :, 1, :, 1]
     imaginary = z[:, :, 0, :, 1] + z[:, :, 1, :, 0]
-    return jnp.einsum("wqgp,fgpto->fqwto", back, jnp.stack([real, imaginary], 2))
+    return jnp.einsum("fqwgp,fgpto->fqwto", _a_row(back, rows), jnp.stack([real, imaginary], 2))
+
+
+def _a_row(matrix: np.ndarray, rows: Array) -> Array:
+    """The same transform for each row: one for all would be a product with axes out of order, and
+    XLA would write everything anew before and after it."""
+    return jnp.broadcast_to(matrix, (rows.shape[0], *matrix.shape))
 
 
 def _spectrum_of_kernel(
@@ -210,7 +216,8 @@ def _spectrum_of_kernel(
     second = _complex_dft(periods[1], range(kernel.shape[1])).astype(kernel.dtype)
     second[:, 1] *= -1
     rows = jnp.einsum("fph,hwio->fpwio", first, kernel)
-    both = jnp.einsum("gqpw,fpwio->fgiqo", second, rows)
+    both = jnp.einsum("fgqpw,fpwio->fgqio", _a_row(second, rows), rows)
+    both = both.swapaxes(2, 3)
     return both.reshape(*both.shape[:3], -1)
 
 
@@ -239,7 +246,7 @@ def _matrices(
     (high, wide), (n, m) = cuts, periods
     in_h, out_h = range(high.start, high.start + high.inputs), range(high.outputs)
     in_w, out_w = range(wide.start, wide.start + wide.inputs), range(wide.outputs)
-    back = _complex_dft(m, out_w).transpose(3, 2, 0, 1) / m
+    back = _complex_dft(m, out_w).transpose(2, 3, 0, 1) / m
     # A real signal's other frequencies are the conjugates of these: they count twice.
     twice = np.where(np.arange(n // 2 + 1) * 2 % n == 0, 1, 2)[:, None, None]
     last = (_real_dft(n, out_h) * twice / n).transpose(2, 0, 1)
