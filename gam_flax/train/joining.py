@@ -14,7 +14,7 @@ from gam_flax.convert.errors import shorten
 from gam_flax.train import last_words
 from gam_flax.train.errors import TrainingError
 
-HEARTBEAT = 20
+HEARTBEAT = 45
 """Seconds of silence after which a host counts as gone, and the others end."""
 
 FAREWELL = 5
@@ -39,7 +39,6 @@ def joined(
     Raises:
         TrainingError: what is not given cannot be found either, or the hosts do not find together.
     """
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # jaxlib reads it when it is loaded
     _interpret_errors()
     import jax
 

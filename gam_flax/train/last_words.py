@@ -7,29 +7,34 @@ of the one that trains, and hands on all but that. It needs the standard library
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 import sys
-from typing import BinaryIO
+from collections.abc import Callable, Iterable
+from functools import partial
+from typing import Any
 
 FATAL = b"Terminating process because the JAX distributed service detected fatal errors"
+
+SERVICE = re.compile(rb"[EW]\d+ .*(coordination_service|preemption_sync_manager)")
+"""How its source files say on several lines before what they will end the process for."""
 
 GREETING = b"[Gloo]"
 """How the collectives of CPUs begin a line that says nothing is wrong."""
 
 
-def hand_on(source: BinaryIO, target: BinaryIO) -> None:
-    """Copies line by line; what begins with `FATAL` becomes `in_short`."""
-    fatal = b""
-    for line in source:
-        if fatal or FATAL in line:
-            fatal += line
+def hand_on(lines: Iterable[bytes], write: Callable[[bytes], Any]) -> None:
+    """Writes the lines; the end, from the service's first complaint on, becomes `in_short`."""
+    end = b""
+    for line in lines:
+        if end or SERVICE.match(line) or FATAL in line:
+            end += line
         elif not line.startswith(GREETING):
-            target.write(line)
-            target.flush()
-    if fatal:
-        target.write(f"{in_short(fatal.decode('utf-8', 'replace'))}\n".encode())
-        target.flush()
+            write(line)
+    if FATAL in end:
+        end = f"{in_short(end.decode('utf-8', 'replace'))}\n".encode()
+    write(end)
 
 
 def in_short(fatal: str) -> str:
@@ -48,9 +53,11 @@ def _gone(fatal: str) -> str:
     if silent is None:
         return "another host is gone"
     numbers = re.findall(r"\d+", silent[1])
-    return f"host {numbers[0]} is gone" if len(numbers) == 1 else f"hosts {numbers} are gone"
+    if len(numbers) == 1:
+        return f"host {numbers[0]} is gone"
+    return f"hosts {' and '.join(numbers)} are gone"
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the other one, and that this one
-    hand_on(sys.stdin.buffer, sys.stderr.buffer)
+    hand_on(sys.stdin.buffer, partial(os.write, 2))

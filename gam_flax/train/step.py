@@ -41,6 +41,7 @@ class Steps(NamedTuple):
     """The compiled functions of a run.
 
     initial: () → the state at step 0, on the mesh.
+    shapes: of the state, with shardings: `train.lower(shapes, …)` compiles without any array.
     train: (state, batch) → the next state, metrics; the old state is used up.
     evaluate: (state, batch) → sums over the batch's pictures.
     model: state → the model with these weights, in evaluation mode.
@@ -49,8 +50,9 @@ class Steps(NamedTuple):
     """
 
     initial: Callable[[], TrainState]
-    train: Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, Metrics]]
-    evaluate: Callable[[TrainState, dict[str, jax.Array]], Metrics]
+    shapes: TrainState
+    train: jax.stages.Wrapped
+    evaluate: jax.stages.Wrapped
     model: Callable[[TrainState], nnx.Module]
     as_trained: Callable[[TrainState, dict[str, Any]], tuple[nnx.Module, jax.Array, jax.Array]]
 
@@ -71,7 +73,8 @@ def make_steps(
     statistics are global. With `accumulate` they are of one part of the batch.
 
     Args:
-        model: gives the structure and the parameters at the start.
+        model: gives the structure and the parameters at the start; one of shapes alone, of
+            `nnx.eval_shape`, can be compiled but has no `initial`.
         normalize: mean and deviation of each channel, of pixels scaled to 0 … 1.
     """
     model.train()
@@ -81,7 +84,7 @@ def make_steps(
     prepare = _preparation(normalize, settings.dtype)
     wide = wide_type(settings.dtype)
 
-    def start() -> TrainState:
+    def start(params: Any, rest: Any) -> TrainState:
         average = () if settings.ema is None else jax.tree.map(jnp.copy, params)
         zero, sound = jnp.zeros((), jnp.int32), jnp.ones((), bool)
         return TrainState(zero, params, rest, optimizer.init(params), average, sound)
@@ -145,9 +148,11 @@ def make_steps(
         return network, prepare(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
 
     everywhere = NamedSharding(mesh, PartitionSpec())
-    shardings = state_shardings(jax.eval_shape(start), mesh, settings.parameters)
+    shapes = jax.eval_shape(start, params, rest)
+    shardings = state_shardings(shapes, mesh, settings.parameters)
     return Steps(
-        lambda: placed(start(), shardings),
+        lambda: placed(start(params, rest), shardings),
+        jax.tree.map(lambda x, to: x.update(sharding=to), shapes, shardings),
         jax.jit(train, donate_argnums=0, out_shardings=(shardings, everywhere)),
         jax.jit(evaluate, out_shardings=everywhere),
         lambda state: nnx.merge(eval_graph, _evaluated(state), state.rest),
