@@ -20,8 +20,8 @@ FATAL = b"Terminating process because the JAX distributed service detected fatal
 SERVICE = re.compile(rb"[EW]\d+ .*(coordination_service|preemption_sync_manager)")
 """How its source files say on several lines before what they will end the process for."""
 
-GREETING = b"[Gloo]"
-"""How the collectives of CPUs begin a line that says nothing is wrong."""
+HARMLESS = re.compile(rb"\[Gloo\]|W\d+ .*preemption_notifier")
+"""The collectives of CPUs greet each other; a SIGTERM that stops the run in good order is noted."""
 
 
 def hand_on(lines: Iterable[bytes], write: Callable[[bytes], Any]) -> None:
@@ -30,7 +30,7 @@ def hand_on(lines: Iterable[bytes], write: Callable[[bytes], Any]) -> None:
     for line in lines:
         if end or SERVICE.match(line) or FATAL in line:
             end += line
-        elif not line.startswith(GREETING):
+        elif not HARMLESS.match(line):
             write(line)
     if FATAL in end:
         end = f"{in_short(end.decode('utf-8', 'replace'))}\n".encode()

@@ -166,6 +166,7 @@ The tasks have crashed.
     "given, expected",
     [
         (b"a\n[Gloo] Rank 0 is connected\nb", [b"a", b"b"]),
+        (b"W1124 03:47 9 preemption_notifier.cc:90] SIGTERM caught\nb", [b"b"]),
         (b"a\n" + SILENT % b"1", [b"a", b"gam-flax: host 1 is gone"]),
         (b"E1 coordination_service.cc:1] hm\nb\n", [b"E1 coordination", b"b"]),
         (SILENT % b"1\n12", [b"gam-flax: hosts 1 and 12 are gone"]),
