@@ -21,7 +21,7 @@ from gam_flax.parity.glue import LATEST, UNFIT, Like, explain_glue, lay_safely, 
 from gam_flax.parity.pointwise_causes import gates, parameters
 from gam_flax.parity.report import Row
 from gam_flax.parity.shape_causes import poolings, resizings, turned
-from gam_flax.parity.trace import Place, Trace, channels_last, sequence_last
+from gam_flax.parity.trace import Place, Trace, channels_first, channels_last, sequence_last
 from gam_flax.parity.weights import explain_weight
 
 _MOST = 3  # causes of one row
@@ -29,6 +29,10 @@ _LEAST = 1e-11
 _SINGLE = (
     2.0**-20
 )  # from there to here, how far apart, of a tensor's scale, what is computed in float32 may be
+_JOINED = {
+    **dict.fromkeys(("in_proj_weight", "in_proj_bias"), "queries, keys and values"),
+    **dict.fromkeys(("weight_ih", "weight_hh", "bias_ih", "bias_hh"), "a gate each"),
+}
 _VAGUE = ("something else", "in other places", "NaN or infinity")
 """The ends of causes that do not say what is otherwise."""
 LARGER = (attentions, poolings, resizings, turned, parameters, gates)
@@ -98,7 +102,12 @@ def _parameter(row: Row, evidence: Evidence) -> Iterator[str]:
     if row.verdict == "missing":
         leaf = leaves.split(row.path)[1]
         where = "Flax" if "Flax" in row.note else "torch"
-        if leaf == "bias":
+        if leaf in _JOINED:
+            yield (
+                f"{row.path} is several tensors of Flax's in one, {_JOINED[leaf]}: such are not "
+                "paired, give Flax a layer with this parameter, or torch one with several"
+            )
+        elif leaf == "bias":
             yield f"the layer has no bias in {where}"
         else:
             yield f"{where} has no such parameter: other names (rename=), or a layer left out"
@@ -115,12 +124,13 @@ def _activation(row: Row, evidence: Evidence) -> Iterator[str]:
     if place is None:  # the model's own output
         truth, flax = evidence.own.outputs.get(row.path), evidence.fed.outputs.get(row.path)
         if truth is not None and flax is not None:
-            truth = np.moveaxis(truth, -1, 1) if truth.ndim >= 4 else truth
+            layout = evidence.layouts.output(row.path, truth)
+            truth = channels_first(truth) if layout is channels_last else truth
             known = _known(evidence, len(evidence.own.order))
-            yield from _between(known, truth, flax, lambda _, flax: _like(flax, None))
+            yield from _between(known, truth, flax, lambda _, flax: _like(flax, layout))
         return
-    name = evidence.names.place(place)
     kind = (lambda run: run.inputs) if is_input else (lambda run: run.layers)
+    name = evidence.names.place(place, kind(evidence.fed))
     truth, flax = kind(evidence.own)[place], kind(evidence.fed).get(name)
     if flax is None:
         return

@@ -9,8 +9,9 @@ import numpy as np
 from jaxtyping import Shaped
 
 from gam_flax.convert.rename import Rename
-from gam_flax.parity.align import Layout
+from gam_flax.parity.align import Layout, check_names
 from gam_flax.parity.judge import DTYPES
+from gam_flax.parity.masks import Masks
 from gam_flax.parity.optimizers import Optimizer, recipe
 from gam_flax.parity.progress import progress_bar
 from gam_flax.parity.report import ParityReport
@@ -32,6 +33,7 @@ def compare(
     loss: Loss | None = None,
     rename: Rename = None,
     layout: Mapping[str, Layout] | None = None,
+    masks: Masks | None = None,
     multiple: float = 4.0,
     progress: bool = True,
 ) -> ParityReport:
@@ -91,14 +93,19 @@ def compare(
             a path, and may name single tensors by their keys) or a function.
         layout: key of a parameter, path of a layer (for its output), or path and " (input)" →
             a function of torch's array that gives Flax's; where the rules do not.
+        masks: torch's path of a Dropout, or of another layer with a probability p that multiplies
+            by a random mask → what it keeps in training, ones and zeros in Flax's layout, with
+            axes of length one broadcast. Both layers then compute x · mask / (1 − p), each with
+            its own p, at every call and in every step.
         multiple: how many times torch's own error Flax may be off.
         progress: show a bar while the standard error is a terminal.
 
     Raises:
         TypeError: models of other kinds.
-        ValueError: an unknown dtype; inputs that are not one array with numbers; an output without
-            tensors; a torch forward that draws random numbers (Dropout in
-            training), which two frameworks cannot draw alike.
+        ValueError: an unknown dtype; inputs that are not one array with numbers; a name in
+            `rename`, `layout` or `masks` that torch's model has not; an output without tensors; a
+            torch forward that draws random numbers (Dropout in training without its mask), which
+            two frameworks cannot draw alike.
         Exception: whatever the torch forward raises; and the Flax forward, unless a row
             diverges before it, which is then the news: the last row has verdict "raised".
     """
@@ -113,10 +120,13 @@ def compare(
             "torch_model is scripted or compiled, so that its layers cannot be watched: give the "
             "module that it was made of"
         )
-    array = _one_array(inputs)
+    array = one_array(inputs)
     if steps < 0:
         raise ValueError(f"steps must be 0 (no training) or more, got {steps}")
     recipe(optimizer)
+    if isinstance(rename, Mapping):
+        check_names("rename", rename, torch_model)
+    check_names("layout", layout or {}, torch_model)
     from gam_flax.parity.question import Question
     from gam_flax.parity.runs import answer
 
@@ -132,16 +142,24 @@ def compare(
         loss=loss or (None, None),
         rename=rename,
         layout=layout or {},
+        masks=masks or {},
         multiple=multiple,
     )
     with progress_bar(progress) as bar:
         return answer(question, bar)
 
 
-def _one_array(inputs: Any) -> np.ndarray:
+def one_array(inputs: Any) -> np.ndarray:
     """The input as an array that a model can be asked of."""
+    import torch
+
+    if isinstance(inputs, (tuple, list)) and any(hasattr(item, "shape") for item in inputs):
+        raise ValueError(
+            f"inputs must be one array, channels last, got a {type(inputs).__name__} of "
+            f"{len(inputs)}: wrap both models into ones that take one array apart"
+        )
     try:
-        array = np.asarray(inputs)
+        array = np.asarray(inputs.detach().cpu() if isinstance(inputs, torch.Tensor) else inputs)
     except (ValueError, TypeError, RuntimeError) as error:
         raise ValueError(f"inputs must be one array, channels last: {error}") from error
     if array.dtype.kind not in "biufV" or array.ndim == 0:

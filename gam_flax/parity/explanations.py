@@ -59,6 +59,7 @@ def _causes(
             lay=evidence.layouts.parameter,
             frozen=trainings.frozen,
             loss=question.loss[0],
+            lay_output=evidence.layouts.output,
         )
     return causes
 

@@ -12,9 +12,10 @@ from gam_flax.convert import leaves
 from gam_flax.parity import judge, notes
 from gam_flax.parity.align import Layout, Layouts, Names
 from gam_flax.parity.causes import INPUT
+from gam_flax.parity.judge import gap
 from gam_flax.parity.pure import is_float
 from gam_flax.parity.report import STAGES, Row, Unmatched
-from gam_flax.parity.trace import Place, Trace, channels_last, cotangent, wide
+from gam_flax.parity.trace import Place, Trace, channels_last, cotangent, unlaid, wide
 from gam_flax.parity.training import STEP, Training, laid
 
 # Stages whose tensors are of one kind: one of them is noise beside the largest of its group.
@@ -32,6 +33,8 @@ _GROUPS = {
 
 # Rounding errors of large terms that cancel do not shrink with their sum.
 _COMMON_SCALE = ("input gradient", "gradients", "optimizer state")
+
+_KINDS = ("parameter", "buffer")
 
 _TRAINED = {
     "optimizer_state": "optimizer state",
@@ -62,10 +65,24 @@ class Findings:
         self._buffers: Mapping[str, np.ndarray] = {}
         self._layer_errors: dict[str, float] = {}  # layer → torch's largest error in its gradients
         self._odd: dict[Place, tuple[tuple, tuple]] = {}  # inputs of other shapes than Flax's
+        self.second: Findings | None = None
         self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
 
     def rows(self) -> tuple[Row, ...]:
         """What was found, judged, in the order of the stages."""
+        second = {} if self.second is None else {row.place: row for row in self.second.rows()}
+        return tuple(
+            row if row.ok or not second.get(row.place, row).ok else second[row.place]
+            for row in self._rows()
+        )
+
+    def again(self) -> Findings:
+        """Of the same tensors, with nothing found yet; where a row fails, its word counts."""
+        self.second = Findings(self.names, self._judge, self.layouts)
+        self.second.partners, self.second.tensors = self.partners, self.tensors
+        return self.second
+
+    def _rows(self) -> tuple[Row, ...]:
         largest: dict[str, float] = {}
         self._layer_errors = {}
         for (stage, path), found in self._found.items():
@@ -119,17 +136,22 @@ class Findings:
         yield from notes.silent_gradients(silent, len(measured))
 
     def pair(self, torch: tuple[Mapping, Mapping], flax: tuple[Mapping, Mapping]) -> None:
-        """Finds the partners of parameters, which must have one, and of buffers."""
+        """Finds the partners of parameters, which must have one, and of buffers.
+
+        What is a parameter on one side may be a buffer on the other: a norm that is frozen.
+        """
         self._buffers = torch[1]
-        for kind, tensors, partners in zip(("parameter", "buffer"), torch, flax, strict=True):
+        for kind, tensors, *places in zip(_KINDS, torch, flax, flax[::-1], strict=True):
             for key, tensor in tensors.items():
-                name = self.names.leaf(key, partners)
-                if name is None:
-                    self._lonely("torch", kind, key, tensor.shape)
-                else:
+                found = ((name, p) for p in places if (name := self.names.leaf(key, p)))
+                name, partners = next(found, ("", {}))
+                if name:
                     self.partners[key] = name
                     self.tensors[key] = tensor, np.asarray(partners[name])
-            taken = set(self.partners.values())
+                else:
+                    self._lonely("torch", kind, key, tensor.shape)
+        taken = set(self.partners.values())
+        for kind, partners in zip(_KINDS, flax, strict=True):
             for name, partner in partners.items():
                 if name not in taken:
                     self._lonely("flax", kind, name, tuple(partner.shape))
@@ -152,9 +174,19 @@ class Findings:
                 row = judge.equal("parameters", key, wide(laid), wide(partner), dtype)
                 self._found["parameters", key] = row
 
+    def calls(self, own: Trace, flax: Trace) -> None:
+        """Which calls of one layer are the same, before any is compared."""
+
+        def apart(path: str, torch: np.ndarray, flax: np.ndarray) -> float:
+            lay = self.layouts.activation(path + INPUT, torch, flax)
+            found = gap(wide(lay(torch)), wide(flax)) if lay else None
+            return math.inf if found is None else float(np.nan_to_num(found, nan=0.0).sum())
+
+        self.names.learn_calls(own.inputs, flax.inputs, apart)
+
     def layer(self, place: Place, own: Trace, flax: Trace, truth: np.ndarray) -> None:
         """What one layer of torch's gives, each model running freely; `truth` is the oracle's."""
-        path, partner = "".join(place), flax.layers.get(self.names.place(place))
+        path, partner = "".join(place), flax.layers.get(self.names.place(place, flax.layers))
         if partner is None:
             self._unmatched("torch", "layer", path, unless=flax.error)
             return
@@ -166,7 +198,7 @@ class Findings:
 
     def forward(self, own: Trace, flax: Trace, oracle: Trace) -> None:
         """After all layers: those that Flax alone has, and the outputs."""
-        taken = {self.names.place(place) for place in own.layers}
+        taken = {self.names.place(place, flax.layers) for place in own.layers}
         for place in flax.layers:
             if place not in taken:
                 self._unmatched("flax", "layer", "".join(place))
@@ -186,7 +218,7 @@ class Findings:
             ("", own.layers, flax.layers, found.layers),
         ):
             for place, array in torch.items():
-                path, name = "".join(place) + mark, self.names.place(place)
+                path, name = "".join(place) + mark, self.names.place(place, partners)
                 partner = partners.get(name)
                 key = id(array), None if partner is None else partner.shape
                 if key not in made or self.layouts.is_told(path):
@@ -197,12 +229,28 @@ class Findings:
                 to[name] = made[key]
         return found
 
+    def as_torch_has_it(self, own: Trace, flax: Trace) -> Trace:
+        """Flax's activations under torch's paths and in torch's layout, `own` telling which."""
+        found = Trace()
+        for mark, torch, partners, to in (
+            (INPUT, own.inputs, flax.inputs, found.inputs),
+            ("", own.layers, flax.layers, found.layers),
+        ):
+            for place, array in torch.items():
+                partner = partners.get(self.names.place(place, partners))
+                if partner is not None:
+                    lay = self.layouts.activation("".join(place) + mark, array, partner)
+                    back = unlaid(lay, partner, array.shape) if lay else None
+                    if back is not None:
+                        to[place] = back
+        return found
+
     def step(
         self, is_input: bool, place: Place, own: Trace, flax: Trace, truth: np.ndarray
     ) -> None:
         """What one layer makes of torch's input, or what it would have been given."""
         torch, partners = (run.inputs if is_input else run.layers for run in (own, flax))
-        partner = partners.get(self.names.place(place))
+        partner = partners.get(self.names.place(place, partners))
         path = "".join(place) + (INPUT if is_input else "")
         if partner is None:
             return
@@ -268,14 +316,15 @@ class Findings:
             before = wide(self._buffers[key].astype(self._judge.dtype))
             if not np.array_equal(before, wide(after), equal_nan=True):
                 self._nothing("missing", "not in Flax", "running statistics", key, after.shape)
-        three = own.statistics, flax.statistics, oracle.statistics
-        self._tensors("running statistics", *three)
+        kept = {name: self.tensors[key][1] for key, name in self.partners.items()}
+        theirs = kept | flax.statistics  # a parameter of Flax's stays as it is
+        self._tensors("running statistics", own.statistics, theirs, oracle.statistics)
 
     def _tensors(self, stage: str, own: Mapping, flax: Mapping, oracle: Mapping) -> None:
         """Those that both have, in the same shape; `weights` has told of the others."""
         for key, truth in oracle.items():
             name = self.partners.get(key)
-            if name is None:
+            if name is None or name not in flax:
                 continue
             partner = flax[name]
             laid = self.layouts.parameter(key, name, truth, partner.shape)

@@ -14,27 +14,30 @@ from flax import errors, linen, nnx
 
 from gam_flax.convert import flax_paths
 from gam_flax.parity.linen_side import pure_linen, turned_linen_kernels
+from gam_flax.parity.masks import REFUSED, Masks
 from gam_flax.parity.nnx_side import pure_nnx
 from gam_flax.parity.pure import Pure, is_float
-from gam_flax.parity.trace import Calls, Fed, Place, Trace, cotangent, lean, tensors
+from gam_flax.parity.trace import Calls, Fed, Place, Trace, cotangent, lean, results
 
 _INPUT = ""
 """The input's name among the arrays that are differentiated; no parameter's path is empty."""
 
 
-def pure(model: Any, *, dtype: str, train: bool) -> Pure:
+def pure(model: Any, *, dtype: str, train: bool, masks: Masks | None = None) -> Pure:
     """`model` in training or evaluation, its layers told to compute in `dtype`.
 
     Args:
         model: an `nnx.Module` or a pair (linen module, variables).
+        masks: by Flax's paths, what layers that drop numbers keep in training.
 
     Raises:
         TypeError: it is neither.
     """
     check_kind(model)
+    options: dict[str, Any] = {"train": train, "masks": masks if train and masks else {}}
     if isinstance(model, nnx.Module):
-        return pure_nnx(model, dtype=jnp.dtype(dtype), train=train)
-    return pure_linen(*model, dtype=jnp.dtype(dtype), train=train)
+        return pure_nnx(model, dtype=jnp.dtype(dtype), **options)
+    return pure_linen(*model, dtype=jnp.dtype(dtype), **options)
 
 
 def check_kind(model: Any) -> None:
@@ -97,18 +100,21 @@ class Program:
             try:
                 found, activations = self._run(*arguments)
             except Exception as error:
-                return _until(error, self._model, arguments)
+                return _until(error, self._model, arguments, Calls(keep=lean))
             return Trace(**jax.tree.map(lean, found) | self._free.named(activations))
 
     def fed(self, x: np.ndarray, factors: Mapping[str, float], source: Trace) -> Trace:
         """One forward, every layer of which is given the activations of `source`, which are laid
         out for this model, instead of its own."""
         with switches(self._dtype):
-            given = [self._on_device(kind) for kind in (source.inputs, source.layers)]
+            inputs, outputs = (self._on_device(kind) for kind in (source.inputs, source.layers))
+            arguments = self._arguments(x, factors)
             try:
-                found, activations = self._run_fed(*self._arguments(x, factors), *given)
+                found, activations = self._run_fed(*arguments, inputs, outputs)
             except Exception as error:
-                return Trace(error=error)
+                return _until(
+                    error, self._model, arguments, Fed(inputs, outputs, _adopt, keep=lean)
+                )
             return Trace(**jax.tree.map(lean, found) | self._fed.named(activations))
 
     def _on_device(self, arrays: Mapping[Place, np.ndarray]) -> dict[Place, Any]:
@@ -179,7 +185,7 @@ def _forward_and_back(
         calls = Calls(tell=names.tell)
         given = {**parameters, **smooth}
         output, after = apply(given, statistics, given.pop(_INPUT, x), calls)
-        roots = tensors(output) if loss is None else [("", loss(output))]
+        roots = results(output) if loss is None else [("", loss(output))]
         smooth_roots = {part: y for part, y in roots if is_float(y)}
         return smooth_roots, (_trace(output, after), names.once(calls))
 
@@ -214,7 +220,7 @@ def _forward_fed(
 
 
 def _trace(output: Any, statistics: dict) -> dict[str, Any]:
-    return {"outputs": dict(tensors(output)), "statistics": statistics}
+    return {"outputs": dict(results(output)), "statistics": statistics}
 
 
 def _adopt(given: Any, own: Any) -> Any:
@@ -223,19 +229,15 @@ def _adopt(given: Any, own: Any) -> Any:
     return jnp.asarray(given, own.dtype) if fits else own
 
 
-def _until(error: Exception, model: Pure, arguments: tuple[dict, dict, Any]) -> Trace:
-    """What the layers gave before the forward raised `error`."""
-    calls = Calls(keep=lean)
+def _until(error: Exception, model: Pure, arguments: tuple[dict, dict, Any], calls: Calls) -> Trace:
+    """What the layers gave before the forward raised `error`; `calls` watches once more."""
     parameters, statistics, x = jax.tree.map(jnp.asarray, arguments)
     try:
         model.apply(parameters, statistics, x, calls)
     except Exception as again:
         error = again  # without the frames of jit
     if isinstance(error, errors.InvalidRngError):
-        error = ValueError(
-            f"{calls.innermost or 'the Flax model'} draws random numbers in Flax, which two "
-            "frameworks cannot draw alike: compare with train=False, or set its rate to 0"
-        )
+        error = ValueError(f"{calls.innermost or 'the model'}, in Flax, {REFUSED}")
     return Trace(inputs=calls.inputs, layers=calls.outputs, error=error)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import jax
@@ -11,14 +12,16 @@ from flax import linen
 
 from gam_flax.convert import leaves
 from gam_flax.convert.flax_paths import linen_leaves
+from gam_flax.parity.masks import Masks, dropped
 from gam_flax.parity.pure import Pure, call_modes, is_float_type, modes, trace_level
 from gam_flax.parity.trace import Calls
 
 
 def pure_linen(
-    module: linen.Module, variables: Mapping[str, Any], *, dtype: Any, train: bool
+    module: linen.Module, variables: Mapping[str, Any], *, dtype: Any, train: bool, masks: Masks
 ) -> Pure:
-    """`module` with its variables, its layers told to compute in `dtype`.
+    """`module` with its variables, its layers told to compute in `dtype`, those with masks to use
+    these.
 
     The mode reaches it by the argument of `__call__` or the field that has one of the usual
     names, see `modes`.
@@ -36,7 +39,7 @@ def pure_linen(
     def apply(parameters: dict, statistics: dict, x: Any, calls: Calls) -> tuple[Any, dict]:
         arrays = {**statistics, **parameters}
         filled = _nest({path: arrays[name] for path, name in names.items()})
-        with linen.intercept_methods(_interceptor(calls, dtype, own_dtypes)):
+        with linen.intercept_methods(_interceptor(calls, dtype, own_dtypes, masks)):
             output, after = module.apply(filled, x, mutable=mutable, **told)
         changed = {names[path]: leaf for path, leaf in linen_leaves(after).items()}
         return output, {**statistics, **changed}
@@ -44,7 +47,9 @@ def pure_linen(
     return Pure(parameters, statistics, apply, own_dtypes)
 
 
-def _interceptor(calls: Calls, dtype: Any, own_dtypes: dict[str, Any]) -> Callable[..., Any]:
+def _interceptor(
+    calls: Calls, dtype: Any, own_dtypes: dict[str, Any], masks: Masks
+) -> Callable[..., Any]:
     """Sets each layer's dtype before it runs, noting its own, and takes its call through `calls`.
 
     `capture_intermediates` notes a layer twice that calls its parent's `__call__`.
@@ -65,13 +70,16 @@ def _interceptor(calls: Calls, dtype: Any, own_dtypes: dict[str, Any]) -> Callab
         if is_float_type(getattr(module, "dtype", None)):
             own_dtypes.setdefault(name, module.dtype)  # type: ignore[attr-defined]
             object.__setattr__(module, "dtype", dtype)  # apply works on copies of the modules
+        if name in masks:
+            call, kwargs = partial(dropped, masks[name], module), {}
         seen = path and trace_level() == level
         running.append(path)
         try:
-            output = call(*(calls.enter(name, args) if seen else args), **kwargs)
+            if not seen:
+                return call(*args, **kwargs)
+            return calls.through(name, args, lambda *given: call(*given, **kwargs))
         finally:
             running.pop()
-        return calls.leave(name, output) if seen else output
 
     return intercept
 

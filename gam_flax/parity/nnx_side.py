@@ -4,18 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from flax import nnx
 
 from gam_flax.convert.flax_paths import nnx_modules, nnx_variables
+from gam_flax.parity.masks import Masks, dropped
 from gam_flax.parity.pure import Pure, call_modes, is_float_type, trace_level
 from gam_flax.parity.trace import Calls
 
 
-def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
-    """A copy of `model`, its layers told to compute in `dtype`."""
+def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool, masks: Masks) -> Pure:
+    """A copy of `model`, its layers told to compute in `dtype`, those with masks to use these."""
     copy = nnx.merge(*nnx.split(model), copy=True)
     copy.train() if train else copy.eval()
     copy = nnx.view(
@@ -35,7 +36,7 @@ def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
         variables = nnx_variables(twin)
         for key, array in {**parameters, **statistics}.items():
             variables[key].set_value(array)
-        output = _watched(twin, calls)(x, **call_modes(twin, train))
+        output = _watched(twin, calls, masks)(x, **call_modes(twin, train))
         return output, {key: variables[key].get_value() for key in statistics}
 
     return Pure(parameters, statistics, apply, own_dtypes)
@@ -44,7 +45,7 @@ def pure_nnx(model: nnx.Module, *, dtype: Any, train: bool) -> Pure:
 _around: ContextVar[Callable[..., Any]] = ContextVar("_around")
 
 
-def _watched(model: Any, calls: Calls) -> Callable[..., Any]:
+def _watched(model: Any, calls: Calls, masks: Masks) -> Callable[..., Any]:
     """`model` as a function that takes the calls of its layers through `calls`.
 
     `nnx.capture` leaves out layers that inherit their `__call__`, notes a layer twice that calls
@@ -56,11 +57,12 @@ def _watched(model: Any, calls: Calls) -> Callable[..., Any]:
     level = trace_level()
 
     def around(module: Any, call: Callable[..., Any], args: tuple, kwargs: dict) -> Any:
-        path = paths.get(id(module))
+        path = paths.get(id(module), "")
+        if path in masks:
+            call, kwargs = partial(dropped, masks[path]), {}
         if not path or trace_level() != level:
             return call(module, *args, **kwargs)
-        output = call(module, *calls.enter(path, args), **kwargs)
-        return calls.leave(path, output)
+        return calls.through(path, args, lambda *given: call(module, *given, **kwargs))
 
     def run(*args: Any, **kwargs: Any) -> Any:
         token = _around.set(around)

@@ -11,6 +11,7 @@ import numpy as np
 
 from gam_flax.convert.rename import Rename
 from gam_flax.parity.align import Layout
+from gam_flax.parity.masks import Masks
 from gam_flax.parity.optimizers import Optimizer
 
 _NEIGHBOURS = 7  # runs beside the given one, over which a narrow dtype's errors are collected
@@ -31,6 +32,7 @@ class Question:
     loss: tuple[Callable[[Any], Any] | None, Callable[[Any], Any] | None]
     rename: Rename
     layout: Mapping[str, Layout]
+    masks: Masks
     multiple: float
 
     @property

@@ -63,6 +63,11 @@ class Row:
     causes: tuple[str, ...] = ()
 
     @property
+    def place(self) -> tuple[str, str]:
+        """Stage and path, which no other row has."""
+        return self.stage, self.path
+
+    @property
     def ratio(self) -> float:
         """Flax's error in multiples of torch's; inf where torch has none."""
         if self.flax_error == 0:

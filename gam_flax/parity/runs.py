@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from gam_flax.parity.causes import Evidence
 from gam_flax.parity.configuration import check_configuration, comparison_settings
 from gam_flax.parity.explanations import explained, with_causes_of
 from gam_flax.parity.findings import Findings
+from gam_flax.parity.masks import masked_torch
 from gam_flax.parity.progress import Progress
 from gam_flax.parity.pure import Pure
 from gam_flax.parity.question import Question, samples
@@ -27,6 +28,7 @@ from gam_flax.parity.training_flax import TrainingProgram
 _SLIGHT = 1e-6  # of the scale: what ill-conditioned layers may make of float64's rounding
 _TRAININGS = 3  # the same for training, which takes longer; in float64 as well
 
+_BACKWARD = {"input gradient", "gradients"}
 _BEFORE_TRAINING = STAGES[: STAGES.index("running statistics")]
 
 
@@ -34,6 +36,7 @@ def answer(question: Question, progress: Progress) -> ParityReport:
     """Runs both models and judges what they give."""
     flax_side.check_kind(question.flax_model)
     found = configured(question)
+    question = replace(question, torch_model=masked_torch(question.torch_model, question.masks))
     with comparison_settings(x64=question.exact):
         return replace(_answer(question, progress), configuration=found)
 
@@ -48,7 +51,9 @@ def configured(question: Question) -> dict[str, Any]:
 
 def _answer(question: Question, progress: Progress) -> ParityReport:
     model, dtype = question.torch_model, question.dtype
-    pure = flax_side.pure(question.flax_model, dtype=dtype, train=question.train)
+    names = Names(question.rename)
+    masks = {names.layer(path): np.asarray(mask) for path, mask in question.masks.items()}
+    pure = flax_side.pure(question.flax_model, dtype=dtype, train=question.train, masks=masks)
     program = flax_side.Program(
         pure,
         dtype=dtype,
@@ -56,7 +61,6 @@ def _answer(question: Question, progress: Progress) -> ParityReport:
         loss=question.loss[1],
         tell=progress.layer,
     )
-    names = Names(question.rename)
     layouts = Layouts(question.layout, _turned(question, names, pure))
     found = Findings(names, judge.Judge(dtype, question.multiple), layouts)
     found.pair(torch_side.weights(model), (pure.parameters, pure.statistics))
@@ -71,6 +75,8 @@ def _answer(question: Question, progress: Progress) -> ParityReport:
     assert evidence is not None
     if question.exact and evidence.flax.error is None:
         _weigh(question, found, program, evidence, progress)
+    elif evidence.flax.error is None and _wrong_stages(found) and _wrong_stages(found) <= _BACKWARD:
+        _there(question, found, program, evidence, inputs, progress)
     trainings = None
     if question.steps and _agree_so_far(found) and evidence.flax.error is None:
         trainings = _trainings(question, found, pure, progress)
@@ -114,17 +120,26 @@ def _one_run(
 
     def run(stage: str, dtype: str, **options: Any) -> Trace:
         progress.stage(stage)
-        same: dict[str, Any] = {"rounded_to": question.dtype, "train": question.train}
         return torch_side.run(
-            model, x, factors, dtype=dtype, tell=progress.layer, **same, **options
+            model,
+            x,
+            factors,
+            dtype=dtype,
+            rounded_to=question.dtype,
+            train=question.train,
+            lay=found.layouts.output,
+            tell=progress.layer,
+            **options,
         )
 
     free = {"gradients": question.gradients, "loss": question.loss[0]}
-    own = run(f"torch in {dtype}", dtype, **free)
-    found.weights(own)
     flax_factors = {found.partners[key]: factor for key, factor in factors.items()}
     progress.stage("Flax")
     flax = program(x, flax_factors)
+    found.layouts.expect(flax.outputs)
+    own = run(f"torch in {dtype}", dtype, **free)
+    found.weights(own)
+    found.calls(own, flax)
 
     def compared(is_input: bool, place: Place, truth: np.ndarray) -> None:
         if not is_input:
@@ -174,6 +189,48 @@ def _one_run(
     )
 
 
+def _wrong_stages(found: Findings) -> set[str]:
+    return {row.stage for row in found.rows() if not row.ok}
+
+
+def _there(
+    question: Question,
+    found: Findings,
+    program: flax_side.Program,
+    evidence: Evidence,
+    inputs: Iterable[tuple[np.ndarray, Mapping[str, float]]],
+    progress: Progress,
+) -> None:
+    """Where gradients alone differ, takes torch's at the very activations that Flax came to.
+
+    A relu whose input is zero but for rounding has the slope 0 or 1, as the rounding falls: both
+    gradients are right, each at its own point, and those of one point can be compared.
+    """
+    second = found.again()
+    for x, factors in inputs:
+        progress.stage("gradients where Flax's forward came to")
+        flax = program(x, {found.partners[key]: factor for key, factor in factors.items()})
+        given = found.as_torch_has_it(evidence.own, flax)
+        own, oracle = (
+            torch_side.run(
+                question.torch_model,
+                x,
+                factors,
+                dtype=dtype,
+                rounded_to=question.dtype,
+                train=question.train,
+                gradients=True,
+                loss=question.loss[0],
+                fed=given,
+                lay=found.layouts.output,
+                see=lambda *event: None,
+                tell=progress.layer,
+            )
+            for dtype in (question.dtype, "float64")
+        )
+        second.gradients(own, flax, oracle)
+
+
 def _weigh(
     question: Question,
     found: Findings,
@@ -199,6 +256,7 @@ def _weigh(
             train=question.train,
             gradients=question.gradients,
             loss=question.loss[0],
+            lay=found.layouts.output,
             tell=progress.layer,
         )
         for is_input, place in own.order:
@@ -236,6 +294,7 @@ def _trainings(
     how much.
     """
     model, dtype, fixed = question.torch_model, question.dtype, untrained(question.torch_model)
+    fixed |= {key for key, _ in model.named_buffers()}
     if fixed >= {key for key, _ in model.named_parameters()}:
         return None  # nothing to train
     frozen = found.noise()
@@ -258,6 +317,7 @@ def _trainings(
         "train": question.train,
         "frozen": frozen,
         "loss": question.loss[0],
+        "lay_output": found.layouts.output,
     }
     inputs = list(samples(question.inputs, found.partners, dtype, _TRAININGS))
     pairs = []

@@ -12,6 +12,8 @@ import numpy as np
 
 from gam_flax.convert import leaves
 from gam_flax.convert.torch_file import to_numpy
+from gam_flax.parity.align import Layout, OutputLayout
+from gam_flax.parity.masks import REFUSED
 from gam_flax.parity.trace import (
     Calls,
     Fed,
@@ -21,9 +23,15 @@ from gam_flax.parity.trace import (
     channels_last,
     cotangent,
     lean,
-    tensors,
+    results,
+    unlaid,
     wide,
 )
+
+
+def as_picture(part: str, array: np.ndarray) -> Layout:
+    """The layout of outputs that are pictures, or have no space."""
+    return channels_last
 
 
 def weights(model: Any) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
@@ -53,6 +61,7 @@ def run(
     gradients: bool,
     loss: Callable[[Any], Any] | None = None,
     fed: Trace | None = None,
+    lay: OutputLayout = as_picture,
     see: See | None = None,
     tell: Callable[[str], None] = lambda path: None,
 ) -> Trace:
@@ -65,7 +74,9 @@ def run(
         x: (B, *space, C).
         factors: what parameters and buffers are multiplied with before they are rounded.
         loss: of the output; None for Σ output · cotangent.
-        fed: the run whose activations every layer is given instead of its own.
+        fed: the run whose activations every layer is given instead of its own; the gradients are
+            then those at these activations.
+        lay: how the model's outputs are laid out for Flax.
         see: takes what the layers are given and give, as it comes; the trace then has none of it.
         tell: hears the path of each layer.
 
@@ -95,32 +106,48 @@ def run(
         calls = Fed(fed.inputs, fed.layers, _adopt, keep, see=see, tell=tell)
     with torch.random.fork_rng(devices=[]), torch.set_grad_enabled(gradients):
         _watch(copy, calls, _refuse_draws(torch.get_rng_state()))
-        output = copy(pixels.clone())  # which the model may write over
-    outputs = dict(tensors(output))
+        try:
+            output = copy(pixels.clone())  # which the model may write over
+        except RuntimeError as error:
+            error.add_note(_what_was_given(x, pixels, dtype))
+            raise
+    outputs = dict(results(output))
     if not outputs:
         raise ValueError(
             f"the torch model returns a {type(output).__name__}, in which no tensor is found: "
             "wrap it into a module that returns tensors, in tuples, dictionaries or dataclasses"
         )
+    arrays = {part: _numpy(tensor) for part, tensor in outputs.items()}
     trace = Trace(
         inputs=calls.inputs,
         layers=calls.outputs,
         order=calls.order,
-        outputs={part: channels_last(_numpy(tensor)) for part, tensor in outputs.items()},
+        outputs={part: lay(part, array)(array) for part, array in arrays.items()},
         statistics={key: _numpy(tensor) for key, tensor in copy.named_buffers()},
     )
     if gradients:
-        roots = _weighed(output) if loss is None else [(loss(output), torch.tensor(1.0))]
+        roots = _weighed(output, lay) if loss is None else [(loss(output), torch.tensor(1.0))]
         _backward(copy, pixels, roots, trace)
     return trace
+
+
+def _what_was_given(x: np.ndarray, pixels: Any, dtype: str) -> str:
+    """For whoever gave channels first, or integers to a model of floating numbers."""
+    moved = f"moved to torch's order, {tuple(pixels.shape)}, " if pixels.ndim >= 4 else ""
+    return (
+        f"inputs of shape {x.shape}, taken as channels last, were {moved}given to the torch model "
+        f"as {pixels.dtype}; its weights are in {dtype} (dtype=)"
+    )
 
 
 def _adopt(array: np.ndarray, own: Any) -> Any:
     """`array` as a tensor in place of `own`, where that can be."""
     import torch
 
-    fits = own.is_floating_point() and tuple(own.shape) == array.shape
-    return torch.from_numpy(np.array(array, np.float64)).to(own.dtype) if fits else own
+    if not own.is_floating_point() or tuple(own.shape) != array.shape:
+        return own
+    given = torch.from_numpy(np.array(array, np.float64)).to(own.dtype)
+    return given + (own - own.detach()) if own.requires_grad else given  # 0, with a gradient
 
 
 def _watch(model: Any, calls: Calls, check: Callable[[str], None]) -> None:
@@ -149,24 +176,37 @@ def _refuse_draws(start: Any) -> Callable[[str], None]:
 
     def check(path: str) -> None:
         if not torch.equal(torch.get_rng_state(), start):
-            raise ValueError(
-                f"{path or 'the torch model'} draws random numbers, which two frameworks cannot "
-                "draw alike: compare with train=False, or set its probability to 0"
-            )
+            raise ValueError(f"{path or 'the torch model'} {REFUSED}")
 
     return check
 
 
-def _weighed(output: Any) -> list[tuple[Any, Any]]:
+def _weighed(output: Any, lay: OutputLayout) -> list[tuple[Any, Any]]:
     """Each tensor of the output that has a gradient, and its cotangent."""
     import torch
 
     pairs = []
-    for part, tensor in tensors(output):
-        weights = channels_first(cotangent(part, channels_last(_numpy(tensor)).shape))
+    for part, tensor in results(output):
         if tensor.requires_grad:
-            pairs.append((tensor, torch.from_numpy(weights.copy())))
+            weights = like_output(part, tensor.detach(), lay)
+            pairs.append((tensor, torch.from_numpy(weights)))
     return pairs
+
+
+def like_output(part: str, tensor: Any, lay: OutputLayout) -> np.ndarray:
+    """The cotangent of an output, whose numbers stand where Flax has them, in torch's layout.
+
+    Raises:
+        ValueError: the user's layout of the output does more than to move numbers.
+    """
+    array = _numpy(tensor)
+    layout = lay(part, array)
+    found = unlaid(layout, cotangent(part, layout(array).shape), array.shape)
+    if found is None:
+        raise ValueError(
+            f"layout= of the output {part!r} must only move its numbers, to be differentiated"
+        )
+    return found
 
 
 def _backward(model: Any, pixels: Any, roots: list[tuple[Any, Any]], trace: Trace) -> None:

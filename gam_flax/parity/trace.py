@@ -92,9 +92,22 @@ class Calls:
     def leave(self, path: str, output: Any) -> Any:
         """Notes the output of the call that was entered last."""
         mark = self._running[path].pop()
-        for part, tensor in tensors(output):
+        for part, tensor in results(output):
             self._see(False, (path, mark + part), self._keep(tensor))
         return output
+
+    def through(self, path: str, args: tuple, call: Callable[..., Any]) -> Any:
+        """What call(*args) returns, the call being watched."""
+        args = self.enter(path, args)
+        try:
+            output = call(*args)
+        except Exception as error:
+            return self.rescue(path, error)
+        return self.leave(path, output)
+
+    def rescue(self, path: str, error: Exception) -> Any:
+        """What is used for the output of a call that raised."""
+        raise error
 
     @property
     def innermost(self) -> str:
@@ -111,7 +124,8 @@ class Fed(Calls):
     """The same, but each layer is given, and its caller gets, what another model had there.
 
     What is noted is the model's own: what it would have given the layer, and what the layer makes
-    of the other model's input. An error stays where it arises.
+    of the other model's input. An error stays where it arises; a layer that raises gives what the
+    other model's gave, and is not noted.
 
     Args:
         inputs, outputs: place → tensor of the other model, in this one's layout.
@@ -132,27 +146,47 @@ class Fed(Calls):
 
     def enter(self, path: str, args: tuple) -> tuple:
         super().enter(path, args)
-        mark, only = self._running[path][-1], len(list(tensors(args))) == 1
-        return exchanged(
-            args,
-            lambda part, own: self._swap(self._inputs, (path, mark + ("" if only else part)), own),
-        )
+        return self._given(self._inputs, (path, self._running[path][-1]), args, arguments)
 
     def leave(self, path: str, output: Any) -> Any:
-        mark = self._running[path][-1]
+        call = path, self._running[path][-1]
         super().leave(path, output)
-        return exchanged(
-            output, lambda part, own: self._swap(self._outputs, (path, mark + part), own)
-        )
+        return self._given(self._outputs, call, output, results)
 
-    def _swap(self, given: Mapping[Place, Any], place: Place, own: Any) -> Any:
-        return self._adopt(given[place], own) if place in given else own
+    def rescue(self, path: str, error: Exception) -> Any:
+        call = path, self._running[path][-1]
+        if call not in self._outputs:
+            raise error
+        self._running[path].pop()
+        return self._outputs[call]
+
+    def _given(self, given: Mapping[Place, Any], call: Place, value: Any, names: Naming) -> Any:
+        """`value` with the other model's tensors."""
+        (path, mark), parts = call, zip(tensors(value), names(value), strict=True)
+        short = {full: part for (full, _), (part, _) in parts}
+
+        def swap(part: str, own: Any) -> Any:
+            place = path, mark + short[part]
+            return self._adopt(given[place], own) if place in given else own
+
+        return exchanged(value, swap)
+
+
+Naming = Callable[[Any], Iterator[tuple[str, Any]]]
+"""The tensors in a value, each under its name."""
 
 
 def arguments(args: tuple) -> Iterator[tuple[str, Any]]:
     """The tensors among the arguments of a call; the only one is called ""."""
     found = list(tensors(args))
     yield from [("", found[0][1])] if len(found) == 1 else found
+
+
+def results(output: Any) -> Iterator[tuple[str, Any]]:
+    """The tensors in an output; one that has nothing but None beside it is called ""."""
+    found = list(tensors(output))
+    alone = isinstance(output, (tuple, list)) and len(output) > len(found) == 1
+    yield from [("", found[0][1])] if alone else found
 
 
 def exchanged(value: Any, swap: Callable[[str, Any], Any], part: str = "") -> Any:
@@ -206,6 +240,24 @@ def channels_last(array: np.ndarray) -> np.ndarray:
     """(B, C, *space) → (B, *space, C); arrays of three axes and fewer have the same order in both
     frameworks."""
     return np.moveaxis(array, 1, -1) if array.ndim >= 4 else array
+
+
+def unlaid(
+    layout: Callable[[np.ndarray], np.ndarray], array: np.ndarray, shape: tuple[int, ...]
+) -> np.ndarray | None:
+    """The array of this shape that `layout` turns into `array`; None where it does not just move
+    numbers."""
+    try:
+        places = layout(np.arange(array.size).reshape(shape))
+    except (ValueError, IndexError):
+        return None
+    seen = np.zeros(array.size, bool)
+    seen[places] = True
+    if places.shape != array.shape or not seen.all():
+        return None
+    found = np.empty(array.size, array.dtype)
+    found[places.ravel()] = array.ravel()
+    return found.reshape(shape)
 
 
 def sequence_last(array: np.ndarray) -> np.ndarray:

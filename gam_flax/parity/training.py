@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from gam_flax.convert.torch_file import to_numpy
+from gam_flax.parity.align import OutputLayout
+from gam_flax.parity.masks import REFUSED
 from gam_flax.parity.optimizers import Optimizer, recipe
-from gam_flax.parity.trace import channels_first, channels_last, cotangent, tensors, wide
+from gam_flax.parity.torch_side import as_picture, like_output
+from gam_flax.parity.trace import channels_first, results, wide
 
 STEP = "step"
 
@@ -77,6 +81,7 @@ def train_torch(
     train: bool,
     frozen: Collection[str] = (),
     loss: Callable[[Any], Any] | None = None,
+    lay_output: OutputLayout = as_picture,
 ) -> Training:
     """Trains a copy of `model` on the CPU.
 
@@ -93,12 +98,21 @@ def train_torch(
             as that of a bias before a BatchNorm: Adam scales noise up to steps of the learning
             rate. They are in the optimizer all the same, and may decay.
         loss: of the output, instead of the mean square; a tensor of one number.
+        lay_output: how the model's outputs are laid out for Flax.
 
     Raises:
         ValueError: the forward draws random numbers; an unknown optimizer.
     """
     run = TorchRun(
-        model, x, factors, dtype=dtype, rounded_to=rounded_to, train=train, frozen=frozen, loss=loss
+        model,
+        x,
+        factors,
+        dtype=dtype,
+        rounded_to=rounded_to,
+        train=train,
+        frozen=frozen,
+        loss=loss,
+        lay_output=lay_output,
     )
     chosen = recipe(optimizer)
     stepper = chosen.torch(list(run.trained.values()))
@@ -132,6 +146,7 @@ class TorchRun:
         train: bool,
         frozen: Collection[str] = (),
         loss: Callable[[Any], Any] | None = None,
+        lay_output: OutputLayout = as_picture,
     ):
         import torch
 
@@ -146,7 +161,8 @@ class TorchRun:
         self._x = pixels.to(narrow).to(used) if pixels.is_floating_point() else pixels
         self.trained = {key: p for key, p in copy.named_parameters() if p.requires_grad}
         self._frozen = frozen
-        self._loss = loss or _mean_square
+        self._lay_output = lay_output
+        self._loss = loss or partial(_mean_square, lay=lay_output)
 
     def backward(self) -> float:
         """One forward and backward. The gradients are in `trained`, the loss is returned."""
@@ -156,10 +172,7 @@ class TorchRun:
             before = torch.get_rng_state()
             loss = self._loss(self.model(self._x))
             if not torch.equal(torch.get_rng_state(), before):
-                raise ValueError(
-                    "the torch model draws random numbers, which two frameworks cannot draw "
-                    "alike: compare with train=False, or set its probability to 0"
-                )
+                raise ValueError(f"the torch model {REFUSED}")
         wanted = list(self.trained.values())
         found: tuple[Any, ...] = (None,) * len(wanted)
         if wanted and loss.requires_grad:
@@ -181,7 +194,8 @@ class TorchRun:
         )
         with torch.no_grad():
             output = self.model.eval()(self._x)
-        after.output = {part: channels_last(_numpy(y)) for part, y in tensors(output)}
+        arrays = {part: _numpy(y) for part, y in results(output)}
+        after.output = {part: self._lay_output(part, y)(y) for part, y in arrays.items()}
         return after
 
 
@@ -231,16 +245,15 @@ def laid(
     }
 
 
-def _mean_square(output: Any) -> Any:
+def _mean_square(output: Any, lay: OutputLayout) -> Any:
     """Σ ½ · mean (output − target)², in float32 or wider."""
     import torch
 
     total = torch.zeros(())
-    for part, y in tensors(output):
+    for part, y in results(output):
         if y.is_floating_point():
             y = y.to(torch.promote_types(y.dtype, torch.float32))
-            shape = channels_last(y.detach().numpy()).shape
-            target = torch.from_numpy(channels_first(cotangent(part, shape)).copy())
+            target = torch.from_numpy(like_output(part, y.detach(), lay))
             total = total + (y - target.to(y.dtype)).square().mean() / 2
     return total
 

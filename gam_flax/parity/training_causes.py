@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 
 from gam_flax.convert.leaves import join
+from gam_flax.parity.align import OutputLayout
 from gam_flax.parity.judge import gap, magnitude
 from gam_flax.parity.optimizers import Optimizer, recipe
+from gam_flax.parity.torch_side import as_picture
 from gam_flax.parity.training import STEP, Lay, TorchRun, Training, laid
 from gam_flax.parity.training_hypotheses import Hypothesis, hypotheses
 from gam_flax.parity.training_rules import Clip, settings_of, step
@@ -36,6 +38,7 @@ def explain_training(
     lay: Lay,
     frozen: Collection[str] = (),
     loss: Callable[[Any], Any] | None = None,
+    lay_output: OutputLayout = as_picture,
 ) -> tuple[str, ...]:
     """Likely causes of a divergence in training, a line each.
 
@@ -51,7 +54,7 @@ def explain_training(
     Args:
         torch, flax: the two trainings in float64, without factors. In a narrower dtype rounding
             hides what is looked for: train once more in float64.
-        optimizer, train, frozen, loss: as they were for `train_torch`.
+        optimizer, train, frozen, loss, lay_output: as they were for `train_torch`.
         partners: torch key → Flax path of parameters and buffers.
         lay: how torch's tensors become Flax's.
 
@@ -61,7 +64,9 @@ def explain_training(
 
     def fresh() -> TorchRun:
         types = {"dtype": "float64", "rounded_to": "float64"}
-        return TorchRun(model, x, {}, train=train, frozen=frozen, loss=loss, **types)
+        return TorchRun(
+            model, x, {}, train=train, frozen=frozen, loss=loss, lay_output=lay_output, **types
+        )
 
     ruler = _Ruler(flax, partners, lay)
     run = fresh()

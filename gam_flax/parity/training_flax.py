@@ -16,7 +16,7 @@ from gam_flax.convert.optax_state import Parameters, counters, moments
 from gam_flax.parity.flax_side import cast, switches
 from gam_flax.parity.optimizers import Optimizer, recipe
 from gam_flax.parity.pure import Pure, is_float
-from gam_flax.parity.trace import Calls, cotangent, tensors, wide
+from gam_flax.parity.trace import Calls, cotangent, results, wide
 from gam_flax.parity.training import STEP, Training
 
 
@@ -154,13 +154,13 @@ def _update(optimizer: Any, gradients: dict, state: Any, trained: dict) -> tuple
 
 
 def _outputs(apply: Any, parameters: dict, statistics: dict, x: Any) -> dict[str, Any]:
-    return dict(tensors(apply(parameters, statistics, x, Calls())[0]))
+    return dict(results(apply(parameters, statistics, x, Calls())[0]))
 
 
 def _mean_square(output: Any) -> Any:
     """Σ ½ · mean (output − target)², in float32 or wider."""
     total = jnp.zeros(())
-    for part, y in tensors(output):
+    for part, y in results(output):
         if is_float(y):
             y = y.astype(jnp.promote_types(y.dtype, jnp.float32))
             target = jnp.asarray(cotangent(part, y.shape), y.dtype)
