@@ -1,12 +1,13 @@
 # make demo   install what the demo needs, port the shipped checkpoint, compare, draw
 # make test   install what the tests need and run all but the slow ones
 # make bench  the same, and measure what benchmarks/ measures: some minutes of a quiet machine
+# make tpu-check  compile GAM and ResNet-50 + GAM for TPUs, without one, and check the figures
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt
 
-.PHONY: demo test test-all lint bench clean
+.PHONY: demo test test-all lint bench tpu-check clean
 
 demo: $(VENV)/.demo
 	$(BIN)/gam-flax demo --force
@@ -25,6 +26,10 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.load_resnet50
 
+# In an environment of its own: where libtpu is installed, jax looks for a TPU at every start.
+tpu-check: $(VENV)-tpu/.tpu-check
+	$(VENV)-tpu/bin/python -m benchmarks.tpu_check
+
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
@@ -36,5 +41,11 @@ $(VENV)/.test: $(SOURCES) | $(VENV)/bin/python
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test]"
 	touch $(VENV)/.demo $@
 
+$(VENV)-tpu/.tpu-check: $(SOURCES)
+	$(PYTHON) -m venv $(VENV)-tpu
+	$(VENV)-tpu/bin/pip install --quiet --constraint constraints.txt --editable ".[train]"
+	-$(VENV)-tpu/bin/pip install --quiet --constraint constraints.txt --editable ".[tpu-check]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) gam-flax-demo
+	rm -rf $(VENV) $(VENV)-tpu gam-flax-demo
