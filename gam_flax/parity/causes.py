@@ -17,7 +17,17 @@ from gam_flax.parity.align import Layout, Layouts, Names, flattenings
 from gam_flax.parity.attention_causes import attentions
 from gam_flax.parity.experiments import experiments
 from gam_flax.parity.families import explain_by_families
-from gam_flax.parity.glue import LATEST, UNFIT, Like, explain_glue, lay_safely, near, relations
+from gam_flax.parity.glue import (
+    LATEST,
+    NEAR,
+    UNFIT,
+    Like,
+    explain_glue,
+    lay_safely,
+    near,
+    relations,
+)
+from gam_flax.parity.judge import gap, magnitude
 from gam_flax.parity.pointwise_causes import gates, parameters
 from gam_flax.parity.report import Row
 from gam_flax.parity.shape_causes import poolings, resizings, turned
@@ -25,6 +35,7 @@ from gam_flax.parity.trace import Place, Trace, channels_first, channels_last, s
 from gam_flax.parity.weights import explain_weight
 
 _MOST = 3  # causes of one row
+_KINKS = 2  # numbers at which a function may have kinks
 _LEAST = 1e-11
 _SINGLE = (
     2.0**-20
@@ -45,6 +56,7 @@ INPUT = " (input)"
 class Evidence:
     """All that is known of a comparison in float64.
 
+    x: the input.
     torch_model: as the user has it.
     train: whether the runs were in training.
     own, flax, fed: torch's run, Flax's, and Flax's with torch's activations.
@@ -53,6 +65,7 @@ class Evidence:
     flax_layers: Flax path → layer, where the model can be asked.
     """
 
+    x: np.ndarray
     torch_model: Any
     train: bool
     own: Trace
@@ -210,6 +223,22 @@ def _input_gradient(row: Row, evidence: Evidence) -> Iterator[str]:
     truth, flax = evidence.own.input_gradient, evidence.flax.input_gradient
     if truth is not None and flax is not None:
         yield from _ratio(truth, flax)
+        yield from _kinks(evidence.x, truth, flax)
+
+
+def _kinks(x: np.ndarray, truth: np.ndarray, flax: np.ndarray) -> Iterator[str]:
+    """Gradients that differ at single numbers of the input alone."""
+    if not x.shape == truth.shape == flax.shape:
+        return
+    wrong = gap(truth, flax) > NEAR * max(magnitude(truth), magnitude(flax))
+    numbers = np.unique(x[wrong])
+    by_chance = wrong.sum() <= len(numbers) and (numbers != np.round(numbers)).any()
+    if 0 < len(numbers) <= _KINKS and not by_chance and not wrong.all():
+        where = " or ".join(f"{number:g}" for number in numbers)
+        yield (
+            f"they differ only where the input is exactly {where}: torch and jax give a function "
+            "another slope at its kink (abs, clip, maximum, leaky_relu)"
+        )
 
 
 def _gradient(row: Row, evidence: Evidence) -> Iterator[str]:

@@ -176,6 +176,7 @@ def _one_run(
             found.statistics(own, flax, oracle)
     whole = isinstance(question.flax_model, nnx.Module)
     return Evidence(
+        x=np.asarray(x, np.float64),
         torch_model=model,
         train=question.train,
         own=own,

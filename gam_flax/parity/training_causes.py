@@ -13,7 +13,7 @@ from gam_flax.parity.judge import gap, magnitude
 from gam_flax.parity.optimizers import Optimizer, recipe
 from gam_flax.parity.torch_side import as_picture
 from gam_flax.parity.training import STEP, Lay, TorchRun, Training, laid
-from gam_flax.parity.training_hypotheses import Hypothesis, hypotheses
+from gam_flax.parity.training_hypotheses import Hypothesis, hypotheses, of_another_rate
 from gam_flax.parity.training_rules import Clip, settings_of, step
 
 _SAME = 1e-10
@@ -21,6 +21,8 @@ _SAME = 1e-10
 rounding up to 1e-12."""
 _CLOSE = 1e-9
 """What may be left of a divergence that is explained; and a hundredth of it at the most."""
+
+_REFINED = 6  # trainings by which a learning rate is found to three digits
 
 _STEPS = ("losses", "parameters", "optimizer_state")
 _MOMENTA = (0.1, 0.01, 0.001, 0.03, 0.003, 0.3, 0.5, 0.9, 0.97, 0.99, 0.999, 0.0, 1.0)
@@ -86,7 +88,11 @@ def explain_training(
         still = [key for key in moved if ruler.is_start(key, start[key])]
         known = _is_written_out(found[0], fresh(), torch)
         tried = hypotheses(settings, clip, ndims, still) if known else ()
-        found = _reproducing(tried, fresh, ruler, min(_CLOSE, apart / 100))
+        limit = min(_CLOSE, apart / 100)
+        own, found = found[0], _reproducing(tried, fresh, ruler, limit)
+        if known and not found:
+            tried = _other_rates(own, start, fresh, ruler)
+            found = _reproducing(tried, fresh, ruler, limit)
     lines = [hypothesis.line for hypothesis in found if hypothesis.line]
     if train and found:
         lines += _norm_causes(fresh(), found[0], ruler)
@@ -129,6 +135,19 @@ class _Ruler:
         pair = self.partner(key, own, self._flax.statistics)
         return np.inf if pair is None else _error(*pair, magnitude(pair[1]))
 
+    def movements(
+        self, torch: Training, start: Mapping[str, np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """How torch's and Flax's parameters have moved, all in one."""
+        moved: list[tuple[np.ndarray, np.ndarray]] = []
+        for key, before in start.items():
+            first = self.partner(key, before, self._flax.parameters)
+            last = self.partner(key, torch.parameters[key], self._flax.parameters)
+            if first is not None and last is not None:
+                moved.append(((last[0] - first[0]).ravel(), (last[1] - first[0]).ravel()))
+        own, theirs = zip(*moved, strict=True)
+        return np.concatenate(own), np.concatenate(theirs)
+
     def partner(
         self, key: str, own: np.ndarray, theirs: Mapping[str, np.ndarray]
     ) -> tuple[np.ndarray, np.ndarray] | None:
@@ -149,6 +168,26 @@ def _reproducing(
         if hypothesis.name not in found and ruler.reproduces(hypothesis, fresh(), limit):
             found[hypothesis.name] = hypothesis
     return list(found.values())
+
+
+def _other_rates(
+    own: Hypothesis,
+    start: Mapping[str, np.ndarray],
+    fresh: Callable[[], TorchRun],
+    ruler: _Ruler,
+) -> Iterator[Hypothesis]:
+    """Learning rates of which the parameters move as far as Flax's, by least squares."""
+    factor = 1.0
+    for _ in range(_REFINED):
+        tried = of_another_rate(own, factor)
+        trained = _repeated(tried, fresh(), ruler.losses, np.inf)
+        if trained is None:
+            return
+        moved, wanted = ruler.movements(trained, start)
+        factor *= float(moved @ wanted) / (float(moved @ moved) or np.nan)
+        if not np.isfinite(factor) or not 1e-6 < abs(factor) < 1e6:
+            return
+    yield of_another_rate(own, factor)
 
 
 def _is_written_out(own: Hypothesis, run: TorchRun, torch: Training) -> bool:

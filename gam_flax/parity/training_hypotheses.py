@@ -66,6 +66,21 @@ def hypotheses(
             yield Hypothesis("clipping", line, settings, other)
 
 
+def of_another_rate(own: Hypothesis, factor: float) -> Hypothesis:
+    """The same with the learning rates multiplied."""
+    settings = own.settings
+    name, new, line = _plain(
+        "learning rate", "lr", settings, lambda s: replace(s, lr=_rounded(s.lr * factor))
+    )
+    uphill = " (uphill: the sign of the gradient)" if factor < 0 else ""
+    return Hypothesis(name, f"{name}: {line}{uphill}", new, own.clip)
+
+
+def _rounded(number: float) -> float:
+    """To as many digits as people write."""
+    return float(f"{number:.3g}")
+
+
 Change = tuple[str, dict[str, Settings], str]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from flax import nnx
 from torch import nn
@@ -62,3 +63,48 @@ def test_slopes_are_compared_at_one_point(monkeypatch):
     assert compare(model, twin, V).ok
     monkeypatch.setattr("gam_flax.parity.runs._there", lambda *args: None)
     assert not compare(model, twin, V, dtype="float32").ok
+
+
+class Sloped(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.head, self.function = nn.Linear(6, 2), function
+
+    def forward(self, x):
+        return self.head(self.function(x))
+
+
+class FlaxSloped(nnx.Module):
+    def __init__(self, function):
+        self.head, self.function = nnx.Linear(6, 2, rngs=nnx.Rngs(0)), function
+
+    def __call__(self, x):
+        return self.head(self.function(x))
+
+
+def sloped_causes(torch_function, flax_function, x) -> tuple[str, ...]:
+    model, twin = Sloped(torch_function), FlaxSloped(flax_function)
+    load_torch(twin, model)
+    first = compare(model, twin, x).first_divergence
+    assert first is not None and first.stage == "input gradient"
+    return first.causes
+
+
+@pytest.mark.parametrize(
+    ("torch_function", "flax_function"),
+    [
+        (torch.abs, jnp.abs),
+        (torch.relu, lambda x: jnp.maximum(x, 0)),
+        (lambda x: x.clamp(0, 9), lambda x: jnp.clip(x, 0, 9)),
+    ],
+)
+def test_other_slopes_at_zero_are_named(torch_function, flax_function):
+    (cause,) = sloped_causes(torch_function, flax_function, np.maximum(V, 0))
+    assert cause.startswith("they differ only where the input is exactly 0: torch and jax")
+
+
+def test_one_number_that_is_off_is_no_kink():
+    def stopped(x):
+        return x.at[1, 2].set(jax.lax.stop_gradient(x[1, 2]))
+
+    assert not any("kink" in cause for cause in sloped_causes(lambda x: x * 1, stopped, V))

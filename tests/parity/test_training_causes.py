@@ -92,6 +92,15 @@ FAULTS: dict[str, tuple[Any, str]] = {
         wrong("adam", optax.adam(1e-2)),
         "learning rate: torch has lr=0.001, Flax's steps are those of lr=0.01",
     ),
+    "learning rate of no list": (
+        wrong("adam", optax.adam(3.7e-4)),
+        "learning rate: torch has lr=0.001, Flax's steps are those of lr=0.00037",
+    ),
+    "sign, the momentum's too": (
+        wrong("momentum", optax.sgd(-1e-2, momentum=0.9)),
+        "learning rate: torch has lr=0.01, Flax's steps are those of lr=-0.01 (uphill: the sign of "
+        "the gradient)",
+    ),
     "eps": (
         wrong("adam", optax.adam(1e-3, eps=1e-7)),
         "Adam's eps: torch has eps=1e-08, Flax's steps are those of eps=1e-07",
