@@ -1,8 +1,8 @@
 """Train the classifier that ships with this project, in PyTorch, on Fashion-MNIST.
 
-    python examples/train_fashion_gam.py                a taste: one epoch of 2,000 images
-    python examples/train_fashion_gam.py --full         the shipped recipe, half an hour on 2 cores
-    python examples/train_fashion_gam.py --full --ship  … and replace gam_flax/assets
+    python examples/09_train_the_shipped_classifier.py      a taste: one epoch of 2,000 images
+        --full              the shipped recipe, half an hour on 2 cores
+        --full --ship       … and replace gam_flax/assets
 
 The recipe (`--full`): ResNet-8 (stages of 16, 32 and 64 channels, one block each) with a GAM
 (reference family, ratio 4, 7×7) after each stage, 212,714 parameters; all 60,000 training images,

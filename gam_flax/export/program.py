@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +19,7 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def export_model(
-    model: nnx.Module,
+    model: nnx.Module | Callable[[Any], Any],
     input_shape: Sequence[int | str],
     path: str | os.PathLike,
     *,
@@ -41,7 +42,9 @@ def export_model(
     model of `optimize_for_inference` too.
 
     Args:
-        model: any NNX module of one array; it stays as it is.
+        model: any NNX module of one array, exported in evaluation; it stays as it is. Or any
+            function of one array, exported as it is: for Linen
+            `lambda x: module.apply(variables, x)`.
         input_shape: (B, H, W, C). A name instead of a number is a size that is open until the
             call: "b" for the batch, and as a rule only there, since algorithms are chosen by the
             sizes of pictures.
@@ -58,8 +61,9 @@ def export_model(
     check_free(path, force=force)
     for platform in platforms:
         check_choice("platforms", platform, PLATFORMS)
-    model = nnx.clone(model)
-    model.eval()
+    if isinstance(model, nnx.Module):
+        model = nnx.clone(model)
+        model.eval()
     shape = export.symbolic_shape(", ".join(map(str, input_shape)))
     x = jax.ShapeDtypeStruct(shape, dtype)
     exported = export.export(jax.jit(lambda x: model(x)), platforms=platforms)(x)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import subprocess
 import sys
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,7 @@ from gam_flax import cli
 from gam_flax.convert import CheckpointError, save
 from gam_flax.ops.convolution import choose
 from gam_flax.ops.convolution.prepared import PreparedConv, _kernel
+from tests.paths import ROOT
 
 pytestmark = pytest.mark.usefixtures("unchecked")  # a symbolic size is no int
 
@@ -88,6 +91,30 @@ def test_elsewhere_it_gives_the_same_numbers(name, optimized, tmp_path, monkeypa
     assert platforms == ["cpu", "cuda", "tpu"]
 
 
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("kind", ["nnx", "nnx optimized", "linen"])
+def test_the_networks_of_the_examples(kind, tmp_path):
+    x = np.random.default_rng(0).standard_normal((2, 28, 28, 1), np.float32)
+    if kind == "linen":
+        module = example("03_gam_in_linen").Net()
+        variables = module.init(jax.random.key(0), jnp.asarray(x))
+        model = partial(module.apply, variables)
+    else:
+        model = example("02_gam_in_nnx").Net(rngs=nnx.Rngs(0))
+        model.eval()
+    given = gam_flax.optimize_for_inference(model, x.shape) if "optimized" in kind else model
+    gam_flax.export_model(given, ("b", 28, 28, 1), tmp_path / "program")
+    y, _ = served(tmp_path / "program", x, tmp_path)
+    np.testing.assert_allclose(y, model(jnp.asarray(x)), rtol=1e-4, atol=1e-6)
+    assert np.ptp(y) > 1e-3
+
+
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 def test_each_platform_has_its_own_convolution(optimized, monkeypatch):
     """A CPU multiplies frequencies, the others convolve; the kernel is there in both forms."""
@@ -154,13 +181,13 @@ def run(monkeypatch, capsys):
 
 def test_the_command(tmp_path, run):
     model = network(**SMALL, in_channels=1)
-    save(model, tmp_path / "net.safetensors")
+    save(model, tmp_path / "net.safetensors", about={"side": "28"})
     words = (tmp_path / "net.safetensors", tmp_path / "program")
     status, out, _ = run(*words, "--json", "--optimize", "--platforms", "cpu")
     assert status == 0
     said = json.loads(out)
-    assert said["input_shape"] == ["b", 32, 32, 1]
-    x = np.random.default_rng(0).standard_normal((2, 32, 32, 1), np.float32)
+    assert said["input_shape"] == ["b", 28, 28, 1]
+    x = np.random.default_rng(0).standard_normal((2, 28, 28, 1), np.float32)
     y, platforms = served(tmp_path / "program", x, tmp_path)
     model.eval()
     np.testing.assert_allclose(y, model(jnp.asarray(x)), rtol=1e-4, atol=1e-5)
