@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from gam_flax.convert.files import whole_file
 from gam_flax.train import read_data
 from gam_flax.train.data import DEBIAN_FASHION
 
@@ -28,5 +29,6 @@ def few_pictures(folder: Path, train: int = 2000, test: int = 1000) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "fashion.npz"
     names = ("x_train", "x_test", "y_train", "y_test")
-    np.savez(path, **dict(zip(names, [*images, *labels], strict=True)))
+    with whole_file(path, force=True) as part, part.open("wb") as file:
+        np.savez(file, **dict(zip(names, [*images, *labels], strict=True)))
     return path

@@ -17,8 +17,8 @@ from gam_flax.convert.blocks import identify
 from gam_flax.convert.checkpoint import Checkpoint, read_checkpoint
 from gam_flax.convert.files import check_free
 from gam_flax.convert.into_flax import load_torch
-from gam_flax.convert.saved import build
-from gam_flax.maps.photograph import draw_attention_maps, picture_settings
+from gam_flax.convert.saved import build, picture_settings
+from gam_flax.maps.photograph import draw_attention_maps
 from gam_flax.preprocess import normalized
 
 ROUNDS = 7

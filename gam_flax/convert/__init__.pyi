@@ -10,5 +10,6 @@ from .optimizer import to_torch_optimizer as to_torch_optimizer
 from .port import convert_file as convert_file
 from .report import ConversionReport as ConversionReport
 from .saved import load as load
+from .saved import picture_settings as picture_settings
 from .saved import save as save
 from .saved import to_torch as to_torch

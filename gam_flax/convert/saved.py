@@ -35,6 +35,9 @@ BUILDERS = (
 )
 """What a file may name as its constructor: names that both packages have."""
 
+PICTURES: dict[str, Any] = {"mean": int | float, "std": int | float, "classes": str, "side": int}
+"""What the metadata of a trained network tell of its pictures: JSON, of these types."""
+
 
 def to_torch(model_or_variables: Any) -> dict[str, np.ndarray]:
     """The weights under torch's keys and in torch's layout, bit for bit: a state_dict of numpy.
@@ -165,6 +168,33 @@ def _fill_optimized(model: nnx.Module, checkpoint: Checkpoint, where: str) -> No
             )
         assign(variable, array)
     begin_random_state(model)
+
+
+def picture_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
+    """What a checkpoint's metadata tell of the pictures that its network was trained on.
+
+    Those of these that are there: "mean" and "std" of each channel, of pixels scaled to 0 … 1;
+    "classes", their names; "side", in pixels.
+
+    Args:
+        where: the file's name, for the error.
+
+    Raises:
+        CheckpointError: an entry is not what a file of ours has there.
+    """
+    told: dict[str, Any] = {}
+    for name, kind in PICTURES.items():
+        if name not in metadata:
+            continue
+        try:
+            found = json.loads(metadata[name])
+        except (ValueError, RecursionError):
+            found = None
+        values = found if isinstance(found, list) else [found]
+        if not values or not all(isinstance(value, kind) for value in values):
+            raise CheckpointError(f"{shorten(where)}: its metadata entry {name!r} is broken")
+        told[name] = values[0] if name == "side" else values
+    return told
 
 
 def constructor(model: Any) -> dict[str, str]:

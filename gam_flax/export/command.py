@@ -21,7 +21,7 @@ def export(
     input_shape: Annotated[
         str | None,
         Option(
-            help="B,H,W,C; a name is a size that stays open. Default: b and the usual pictures."
+            help="B,H,W,C; a name is a size that stays open. Default: b and the network's pictures."
         ),
     ] = None,
     platforms: Annotated[str, Option(help="Some of cpu, cuda, rocm, tpu.")] = "cpu,cuda,tpu",
@@ -32,15 +32,19 @@ def export(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """Write a saved model as one program for several platforms, which jax alone can run."""
-    from gam_flax.convert.saved import load
+    from gam_flax.convert.checkpoint import read_checkpoint
+    from gam_flax.convert.saved import load_checkpoint, picture_settings
     from gam_flax.export.program import export_model
     from gam_flax.ops.convolution.choose import USUAL_BATCH
     from gam_flax.optimize import optimize_for_inference
     from gam_flax.preprocess import usual_side
 
     check_free(destination, force=force)
-    model = load(source)
-    sizes = _sizes(input_shape or f"b,{usual_side(model)},{usual_side(model)},{_channels(model)}")
+    checkpoint = read_checkpoint(source)
+    model = load_checkpoint(checkpoint)
+    told = picture_settings(checkpoint.metadata, checkpoint.path)
+    side, channels = told.get("side", usual_side(model)), getattr(model, "in_channels", 3)
+    sizes = _sizes(input_shape or f"b,{side},{side},{channels}")
     names = [name.strip() for name in platforms.split(",")]
     try:
         if optimize:
@@ -67,7 +71,3 @@ def export(
 def _sizes(words: str) -> list[int | str]:
     parts = [word.strip() for word in words.split(",")]
     return [int(part) if part.isdigit() else part for part in parts]
-
-
-def _channels(model: object) -> int:
-    return getattr(model, "in_channels", 3)

@@ -14,7 +14,7 @@ from rich.progress import track
 from gam_flax.convert.checkpoint import read_checkpoint
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free
-from gam_flax.convert.saved import load_checkpoint
+from gam_flax.convert.saved import load_checkpoint, picture_settings
 from gam_flax.train.run_folder import names_in
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def maps(
     as_json: Annotated[bool, Option("--json", help="Print one JSON object instead.")] = False,
 ) -> None:
     """What the attention did to photographs: gates and activations of each, as one figure."""
-    from gam_flax.maps.photograph import draw_attention_maps, picture_settings
+    from gam_flax.maps.photograph import draw_attention_maps
 
     console = Console(soft_wrap=True, stderr=as_json)
     figures = _figures(images, out, force=force)
     opened = read_checkpoint(names_in(checkpoint).best if checkpoint.is_dir() else checkpoint)
     model, settings = load_checkpoint(opened), picture_settings(opened.metadata, opened.path)
+    settings |= {"side": side} if side else {}
     out.mkdir(parents=True, exist_ok=True)
     said = []
     quiet = not console.is_terminal or len(images) == 1
@@ -56,7 +57,7 @@ def maps(
     ):
         try:
             seen = draw_attention_maps(
-                model, image, figure, side=side, blocks=_blocks(block), force=force, **settings
+                model, image, figure, blocks=_blocks(block), force=force, **settings
             )
         except CheckpointError:
             raise

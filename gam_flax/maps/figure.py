@@ -189,4 +189,5 @@ def _percent(probability: float) -> str:
 
 
 def _short(name: str) -> str:
+    name = f"class {name}" if name.isdigit() else name
     return name if len(name) <= 40 else f"{name[:37]}…"

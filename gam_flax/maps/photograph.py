@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -70,10 +69,11 @@ def draw_attention_maps(
         model: an NNX network with GAM, CBAM, SE or BAM in it.
         image: a file, a PIL picture, or uint8 (H, W) or (H, W, channels).
         path: .png to write.
-        side: the middle so many pixels are cut out after the shorter side became 8/7 of it. None
-            for what suits the network, 224 or 32 pixels, and for square pictures of up to 64
-            pixels as they are.
-        mean, std: of each channel of pixels scaled to 0 … 1, by which the network was trained.
+        side: the middle so many pixels are cut out after the shorter side became 8/7 of it; a
+            square picture that has that side is taken as it is. None for what suits the network,
+            224 or 32 pixels, and for square pictures of up to 64 pixels as they are.
+        mean, std: of each channel of pixels scaled to 0 … 1, by which the network was trained;
+            `gam_flax.convert.picture_settings` reads them, and what else a file knows.
         classes: their names; None for numbers.
         blocks: see `attention_maps`.
         force: replace `path` where it exists.
@@ -97,28 +97,6 @@ def draw_attention_maps(
     return seen
 
 
-def picture_settings(metadata: Mapping[str, str], where: str) -> dict[str, Any]:
-    """The mean, std and classes for `draw_attention_maps` that a checkpoint's metadata tell.
-
-    Raises:
-        CheckpointError: an entry is not what a file of ours has there; `where` is its name.
-    """
-    told: dict[str, Any] = {}
-    for name in ("mean", "std", "classes"):
-        if name not in metadata:
-            continue
-        try:
-            found = json.loads(metadata[name])
-        except (ValueError, RecursionError):
-            found = None
-        values = found if isinstance(found, list) else [found]
-        kind = str if name == "classes" else int | float
-        if not all(isinstance(value, kind) for value in values):
-            raise CheckpointError(f"{shorten(where)}: its metadata entry {name!r} is broken")
-        told[name] = values
-    return told
-
-
 def look(
     model: nnx.Module,
     image: str | os.PathLike | np.ndarray | Image,
@@ -136,9 +114,9 @@ def look(
             f"the network sees {channels} channels, mean has {len(mean)} and std {len(std)}"
         )
     picture = _opened(image)
-    size = _sides(picture)
-    if side is None and size[0] == size[1] <= SMALL:
-        pixels = cut_square(picture, size=size[0], resize=size[0], channels=channels)
+    high, wide = _sides(picture)
+    if high == wide and (high == side or (side is None and high <= SMALL)):
+        pixels = cut_square(picture, size=high, resize=high, channels=channels)
     else:
         side = side or usual_side(model)
         pixels = cut_square(picture, size=side, resize=round(side * 8 / 7), channels=channels)

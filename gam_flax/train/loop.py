@@ -268,6 +268,7 @@ def _write_model(path: Path, training: Training, state: TrainState, accuracy: fl
         "mean": json.dumps(training.data.mean),
         "std": json.dumps(training.data.std),
         "classes": json.dumps(training.data.classes),
+        "side": json.dumps(training.data.side),
         "test_accuracy": f"{accuracy:.4f}",
     }
     if is_first():

@@ -12,7 +12,7 @@ from PIL import Image
 
 import gam_flax
 from gam_flax import cli
-from gam_flax.convert import CheckpointError, save
+from gam_flax.convert import CheckpointError, picture_settings, save
 from gam_flax.maps import draw_attention_maps
 from gam_flax.maps.figure import NARROWEST, draw
 from gam_flax.maps.photograph import look
@@ -93,6 +93,16 @@ def test_what_the_network_saw():
     np.testing.assert_array_equal(small.pixels[..., 0], PIXELS[:28, :28, 0])
     assert [name for name, _ in small.likeliest(9)][0].startswith("class ")
     assert sum(p for _, p in seen.likeliest(3)) == pytest.approx(1)
+
+
+def test_what_a_file_knows_of_its_pictures():
+    told = {"mean": "0.5", "std": "[0.1, 0.2, 0.3]", "classes": '["a", "b"]', "side": "28"}
+    expected = {"mean": [0.5], "std": [0.1, 0.2, 0.3], "classes": ["a", "b"], "side": 28}
+    assert picture_settings(told, "net") == expected
+    assert picture_settings({}, "net") == {}
+    for wrong in ({"mean": "half"}, {"classes": "[1, 2]"}, {"side": "28.5"}, {"std": "[]"}):
+        with pytest.raises(CheckpointError, match=f"net: its metadata entry '{next(iter(wrong))}'"):
+            picture_settings(wrong, "net")
 
 
 def test_a_network_without_classes():
