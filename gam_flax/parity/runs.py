@@ -73,10 +73,12 @@ def _answer(question: Question, progress: Progress) -> ParityReport:
         if evidence.flax.error is not None:
             break
     assert evidence is not None
-    if question.exact and evidence.flax.error is None:
-        _weigh(question, found, program, evidence, progress)
-    elif evidence.flax.error is None and _wrong_stages(found) and _wrong_stages(found) <= _BACKWARD:
-        _there(question, found, program, evidence, inputs, progress)
+    if evidence.flax.error is None:
+        wrong = {row.stage for row in found.rows() if not row.ok}
+        if question.exact:
+            _weigh(question, found, program, evidence, progress)
+        elif wrong and wrong <= _BACKWARD:
+            _there(question, found, program, evidence, inputs, progress)
     trainings = None
     if question.steps and _agree_so_far(found) and evidence.flax.error is None:
         trainings = _trainings(question, found, pure, progress)
@@ -188,10 +190,6 @@ def _one_run(
         layouts=found.layouts,
         flax_layers=nnx_modules(question.flax_model) if whole else {},
     )
-
-
-def _wrong_stages(found: Findings) -> set[str]:
-    return {row.stage for row in found.rows() if not row.ok}
 
 
 def _there(
