@@ -203,7 +203,9 @@ def fit(rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 def check(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
     """Chosen against plain, where they differ."""
-    tiling, ready = (choose.cheapest_tiling(shape, prepared=p) for p in (False, True))
+    tiling = choose.cheapest_tiling(shape)
+    periods = min(choose.preparations(shape), key=lambda one: one.seconds).periods
+    ready = periods and choose.best_tiling(shape, prepared=True, periods=periods)
     row: dict[str, Any] = {"shape": shape}
     if tiling is None and ready is None:
         return row

@@ -2,8 +2,9 @@
 
 python -m benchmarks.gam_block_inside flax|eager|channels_last|compile WORK CACHE SHAPE...
 
-A shape is BATCH,CHANNELS,SIDE. The numbers are seconds: "8,256,28" of one call, "compile 8,256,28"
-until the first answer; and the peak of memory.
+A shape is BATCH,CHANNELS,SIDE. The numbers are seconds: "8,256,28" of one call, "first 8,256,28" of
+the first call, which compiles; and the peak of memory, in MB. CACHE is a folder where compiled
+programs are kept.
 """
 
 from __future__ import annotations
@@ -12,21 +13,36 @@ import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from benchmarks.inside import Stages, peak_memory, report
 
-CALLS = 7
-
-WORKS = {
-    "inference": ("reference", False),
-    "training": ("reference", True),
-    "grouped inference": ("grouped", False),
-    "grouped training": ("grouped", True),
-}
-"""Kind of work → GAM's variant, and whether it is a training step."""
-
 RATE = 0.01
+
+
+class Work(NamedTuple):
+    """model: a variant of GAM, or a network of `create_model` with GAM (r = 16) in its blocks.
+    shapes: BATCH,CHANNELS,SIDE. calls: the median of so many counts."""
+
+    model: str
+    training: bool
+    shapes: tuple[str, ...]
+    calls: int = 7
+
+
+INFERENCE = (
+    *("8,256,28", "8,512,14", "32,512,7", "16,1024,14"),
+    *("1,256,28", "1,512,14", "1,64,56", "8,64,56"),
+)
+TRAINING = ("32,64,56", "32,256,28", "32,512,14", "64,512,7")
+WORKS = {
+    "inference": Work("reference", False, INFERENCE),
+    "training": Work("reference", True, TRAINING),
+    "grouped inference": Work("grouped", False, INFERENCE),
+    "grouped training": Work("grouped", True, TRAINING),
+    "ResNet-50 with GAM, inference": Work("resnet50", False, ("8,3,224",), 3),
+    "ResNet-50 with GAM, training": Work("resnet50", True, ("8,3,224",), 3),
+}
 
 
 def pictures(shape: tuple[int, int, int]) -> Any:
@@ -36,20 +52,28 @@ def pictures(shape: tuple[int, int, int]) -> Any:
     return np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
 
 
-def flax(work: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
-    """GAM under jit: `optimize_for_inference`, or forward, backward and an SGD update."""
+def build(package: Any, name: str, channels: int, **how: Any) -> Any:
+    """The same model of either package."""
+    if name in package.list_models():
+        options = {"ratio": 16}
+        return package.create_model(name, attention="gam", attention_options=options, **how)
+    return package.GAM.from_variant(name, channels, **how)
+
+
+def flax(work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:
+    """Under jit: what `optimize_for_inference` made, or forward, backward and an SGD update."""
     import jax
     import jax.numpy as jnp
     from flax import nnx
 
     import gam_flax
 
-    variant, training = WORKS[work]
     x = jnp.asarray(pictures(shape))
-    model = gam_flax.GAM.from_variant(variant, shape[1], rngs=nnx.Rngs(0))
-    if not training:
+    model = build(gam_flax, work.model, shape[1], rngs=nnx.Rngs(0))
+    if not work.training:
         model.eval()
         graph, state = nnx.split(gam_flax.optimize_for_inference(model, x.shape))
+        del model
         answer = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
         return lambda: jax.block_until_ready(answer(state, x))
     graph, parameters, rest = nnx.split(model, nnx.Param, ...)
@@ -67,19 +91,18 @@ def flax(work: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
 
 
 def torch(
-    work: str, shape: tuple[int, int, int], *, channels_last: bool, compiled: bool
+    work: Work, shape: tuple[int, int, int], *, channels_last: bool, compiled: bool
 ) -> Callable[[], Any]:
     import torch
 
     import gam_torch
 
-    variant, training = WORKS[work]
     layout = torch.channels_last if channels_last else torch.contiguous_format
     x = torch.from_numpy(pictures(shape)).permute(0, 3, 1, 2).contiguous(memory_format=layout)
-    model = gam_torch.GAM.from_variant(variant, shape[1])
-    model.to(memory_format=layout)  # pyright: ignore[reportCallIssue]
+    model = build(gam_torch, work.model, shape[1])
+    model.to(memory_format=layout)
     forward = torch.compile(model) if compiled else model
-    if not training:
+    if not work.training:
         model.eval()
 
         def answer() -> Any:
@@ -97,7 +120,7 @@ def torch(
     return step
 
 
-def run(role: str, work: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
+def run(role: str, work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:
     if role == "flax":
         return flax(work, shape)
     return torch(work, shape, channels_last=role == "channels_last", compiled=role == "compile")
@@ -106,13 +129,16 @@ def run(role: str, work: str, shape: tuple[int, int, int]) -> Callable[[], Any]:
 def main() -> None:
     role, work, cache, *shapes = sys.argv[1:]
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path(cache) / "inductor")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(Path(cache) / "jax")
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
     stages = Stages()
     for name in shapes:
         batch, channels, side = map(int, name.split(","))
-        call = run(role, work, (batch, channels, side))
-        with stages(f"compile {name}"):
+        call = run(role, WORKS[work], (batch, channels, side))
+        with stages(f"first {name}"):
             call()
-        stages.repeat(name, call, CALLS)
+        stages.repeat(name, call, WORKS[work].calls)
+        del call
     report({**stages.seconds, "peak memory": peak_memory()})
 
 

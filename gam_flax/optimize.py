@@ -13,9 +13,8 @@ import numpy as np
 from flax import nnx
 
 from gam_flax.ops.batch_norm import BatchNorm
-from gam_flax.ops.convolution.choose import Shape, cheapest_tiling
+from gam_flax.ops.convolution.choose import Preparation, Shape, preparations
 from gam_flax.ops.convolution.convolve import MANY_GROUPS, conv_general_dilated
-from gam_flax.ops.convolution.fourier import Tiling
 from gam_flax.ops.convolution.prepared import PreparedConv, window
 from gam_flax.ops.sequential import Sequential
 
@@ -37,8 +36,18 @@ class FoldedConv(nnx.Conv):
     """A convolution with the norm after it in its kernel and its bias."""
 
 
+def usual_memory(model: nnx.Module) -> float:
+    """Bytes that spectra may take: 256 MB, about what torch's libraries take by themselves, and a
+    quarter of what the parameters take. So a process stays below twice torch's peak."""
+    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
+    return 256e6 + sum(leaf.nbytes for leaf in parameters) / 4
+
+
 def optimize_for_inference(
-    model: nnx.Module, input_shape: Sequence[int] | None = None
+    model: nnx.Module,
+    input_shape: Sequence[int] | None = None,
+    *,
+    memory: float | None = None,
 ) -> nnx.Module:
     """A copy of `model` that answers the same in evaluation, sooner; `model` stays as it is.
 
@@ -49,8 +58,9 @@ def optimize_for_inference(
        in `Sequential` and where a module of `gam_flax` says in `NORMS` which norm follows which
        convolution.
     2. On a CPU, each convolution that is cheaper in the Fourier domain keeps the spectrum of its
-       kernel in the kernel's stead, see `gam_flax.ops.convolution`: for a 7 × 7 kernel six to
-       twenty times the numbers. What is cheaper depends on the pictures' size.
+       kernel in the kernel's stead, see `gam_flax.ops.convolution`: for a 7 × 7 kernel three to
+       twenty times the numbers. What is cheaper depends on the pictures' size. `memory` goes
+       first where it saves most time a byte.
 
     The copy is for evaluation alone. It is saved, loaded, jitted and exported as any model.
 
@@ -58,28 +68,59 @@ def optimize_for_inference(
         model: any NNX module.
         input_shape: (B, H, W, C) of what it will see most; it still takes others. None leaves
             out the second step.
+        memory: bytes that the spectra may take; None for `usual_memory`. `math.inf` is the
+            fastest, 0 prepares nothing; docs/speed.md has what a network gains for how much.
 
     Raises:
         ValueError: `model` takes no input of that shape.
     """
     model = nnx.clone(model)
     model.eval()
-    for path, conv, norm in list(_followed(model)):
-        place = get(model, path)
-        setattr(place, conv, _folded(getattr(place, conv), getattr(place, norm)))
-        setattr(place, norm, Identity())
+    ready: dict[Path, Periods | None] = {}
     if input_shape is not None and jax.default_backend() == "cpu":
-        for path, periods in _periods(model, tuple(input_shape)).items():
-            conv = get(model, path)
-            if periods is None:
-                conv.conv_general_dilated = DIRECT
-            else:
-                put(model, path, PreparedConv.of(conv, periods))
+        allowed = usual_memory(model) if memory is None else memory
+        ready = _spent_best(_choices(model, tuple(input_shape)), allowed)
+    norms = dict(_followed(model))
+    # One after the other, so that not all kernels are there twice.
+    for path in dict.fromkeys([*norms, *ready]):
+        conv = get(model, path)
+        if path in norms:
+            conv = _folded(conv, get(model, norms[path]))
+            put(model, norms[path], Identity())
+        if path in ready:
+            conv = _prepared(conv, ready[path])
+        put(model, path, conv)
     return model
 
 
-def _followed(model: nnx.Module) -> Iterator[tuple[Path, str, str]]:
-    """Each place where a norm follows a convolution: its path, and their names there."""
+def _prepared(conv: nnx.Conv, periods: Periods | None) -> nnx.Module:
+    if periods is not None:
+        return PreparedConv.of(conv, periods)
+    conv.conv_general_dilated = DIRECT
+    return conv
+
+
+def _spent_best(
+    choices: Mapping[Path, list[Preparation]], memory: float
+) -> dict[Path, Periods | None]:
+    """One of the choices each; again and again what saves most seconds a byte more."""
+    taken = {path: some[0] for path, some in choices.items()}
+    while True:
+        better = [
+            ((taken[path].seconds - one.seconds) / max(1, one.bytes - taken[path].bytes), path, one)
+            for path, some in choices.items()
+            for one in some
+            if one.seconds < taken[path].seconds and one.bytes - taken[path].bytes <= memory
+        ]
+        if not better:
+            return {path: one.periods for path, one in taken.items()}
+        _, path, one = max(better, key=lambda found: found[0])
+        memory -= one.bytes - taken[path].bytes
+        taken[path] = one
+
+
+def _followed(model: nnx.Module) -> Iterator[tuple[Path, Path]]:
+    """The paths of each convolution that a norm follows, and of the norm."""
     for path, module in nnx.iter_modules(model):
         names = [str(i) for i in range(len(module))] if isinstance(module, Sequential) else []
         pairs = [*zip(names, names[1:], strict=False), *getattr(module, "NORMS", {}).items()]
@@ -87,7 +128,7 @@ def _followed(model: nnx.Module) -> Iterator[tuple[Path, str, str]]:
             if isinstance(getattr(module, conv), nnx.Conv) and isinstance(
                 getattr(module, norm), BatchNorm
             ):
-                yield path, conv, norm
+                yield (*path, conv), (*path, norm)
 
 
 def _folded(conv: nnx.Conv, norm: BatchNorm) -> FoldedConv:
@@ -133,8 +174,8 @@ class _Watched:
         return self.conv(x)
 
 
-def _periods(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, Periods | None]:
-    """The convolutions that could be prepared, and their tiles where that is cheaper."""
+def _choices(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, list[Preparation]]:
+    """The convolutions that could be prepared, and how; first as they are."""
     watched = nnx.clone(model)
     seen: dict[Path, list[tuple[int, ...]]] = {}
     for path, conv in list(nnx.iter_modules(watched)):
@@ -142,8 +183,7 @@ def _periods(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, Peri
             put(watched, path, _Watched(conv, seen.setdefault(path, [])))
     x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
     jax.eval_shape(lambda x: watched(x), x)
-    tilings = {path: _tiling(get(model, path), shapes) for path, shapes in seen.items()}
-    return {path: tiling and tiling.periods for path, tiling in tilings.items()}
+    return {path: _preparations(get(model, path), some) for path, some in seen.items() if some}
 
 
 def _could_be_prepared(conv: nnx.Conv) -> bool:
@@ -159,22 +199,18 @@ def _could_be_prepared(conv: nnx.Conv) -> bool:
     )
 
 
-def _tiling(conv: nnx.Conv, shapes: list[tuple[int, ...]]) -> Tiling | None:
+def _preparations(conv: nnx.Conv, shapes: list[tuple[int, ...]]) -> list[Preparation]:
     """For the largest picture it saw."""
-    if not shapes:
-        return None
     batch, high, wide, _ = max(shapes, key=math.prod)
     kernel_size, padding = window(conv)
-    shape = Shape(
-        batch,
-        (high, wide),
-        conv.in_features,
-        conv.out_features,
-        kernel_size,
-        padding=padding,
-        groups=conv.feature_group_count,
-    )
-    return cheapest_tiling(shape.one_group(), prepared=True)
+    groups = conv.feature_group_count
+    channels, outputs = conv.in_features // groups, conv.out_features // groups
+    shape = Shape(batch, (high, wide), channels, outputs, kernel_size, padding=padding)
+    # Each group has a spectrum and a convolution of its own.
+    return [
+        Preparation(one.periods, groups * one.seconds, groups * one.bytes)
+        for one in preparations(shape)
+    ]
 
 
 def described(model: nnx.Module) -> dict[str, Any]:
@@ -184,10 +220,14 @@ def described(model: nnx.Module) -> dict[str, Any]:
         dotted = ".".join(map(str, path))
         if isinstance(module, PreparedConv):
             found[dotted] = {"periods": list(module.periods), "bias": module.use_bias}
-        elif isinstance(module, FoldedConv):
-            found[dotted] = {"bias": True}
         elif isinstance(module, Identity):
             found[dotted] = {}
+        elif isinstance(module, nnx.Conv):
+            change = {
+                "folded": isinstance(module, FoldedConv),
+                "direct": module.conv_general_dilated is DIRECT,
+            }
+            found |= {dotted: change} if any(change.values()) else {}
     return found
 
 
@@ -203,17 +243,18 @@ def rebuild(model: nnx.Module, changes: Mapping[str, Any]) -> None:
         wanted = nnx.Conv if change else BatchNorm
         if not isinstance(old, wanted):
             raise ValueError(f"{dotted} is no {wanted.__name__}")
-        put(model, path, nnx.eval_shape(lambda old=old, change=change: _made(old, change)))
+        put(model, path, _made(old, change))
 
 
 def _made(old: Any, change: Mapping[str, Any]) -> nnx.Module:
     if not change:
         return Identity()
-    conv = _like(old) if change["bias"] else old
-    if "periods" not in change:
-        return conv
-    first, second = change["periods"]
-    return PreparedConv.like(conv, (first, second))
+    if change.get("folded") or change.get("bias"):
+        old = nnx.eval_shape(lambda: _like(old))
+    if "periods" in change:
+        first, second = change["periods"]
+        return nnx.eval_shape(lambda: PreparedConv.like(old, (first, second)))
+    return _prepared(old, None) if change["direct"] else old
 
 
 def get(model: Any, path: Sequence[Any]) -> Any:

@@ -185,21 +185,46 @@ def best_tiling(
     """
     return min(
         tilings(shape, prepared=prepared, periods=periods),
-        key=lambda tiling: _fourier_seconds(shape, tiling, prepared),
+        key=lambda tiling: _fourier_seconds(shape, tiling, prepared=prepared),
         default=None,
     )
 
 
-def cheapest_tiling(shape: Shape, *, prepared: bool = False) -> Tiling | None:
+def cheapest_tiling(shape: Shape) -> Tiling | None:
     """`best_tiling` where it is cheaper than the plain convolution."""
-    tiling = best_tiling(shape, prepared=prepared)
-    if tiling is None:
+    tiling = best_tiling(shape)
+    plain = seconds(plain_features(shape), PLAIN)
+    if tiling is None or _fourier_seconds(shape, tiling, prepared=False) > MARGIN * plain:
         return None
-    plain = seconds(plain_features(shape), PLAIN_FORWARD if prepared else PLAIN)
-    return tiling if _fourier_seconds(shape, tiling, prepared) < MARGIN * plain else None
+    return tiling
 
 
-def _fourier_seconds(shape: Shape, tiling: Tiling, prepared: bool) -> float:
+class Preparation(NamedTuple):
+    """How a kernel may be kept for inference: as it is (None), or as its spectrum.
+
+    seconds: of a call. bytes: of the spectrum.
+    """
+
+    periods: tuple[int, int] | None
+    seconds: float
+    bytes: int
+
+
+def preparations(shape: Shape) -> list[Preparation]:
+    """As it is, and each period whose spectrum makes the convolution cheaper."""
+    plain = seconds(plain_features(shape), PLAIN_FORWARD)
+    found = [Preparation(None, plain, 0)]
+    for periods in {tiling.periods for tiling in tilings(shape, prepared=True)}:
+        tiling = best_tiling(shape, prepared=True, periods=periods)
+        assert tiling is not None
+        cost = _fourier_seconds(shape, tiling, prepared=True)
+        numbers = 2 * (periods[0] // 2 + 1) * periods[1] * shape.channels * shape.outputs
+        if cost < MARGIN * plain:
+            found.append(Preparation(periods, cost, numbers * shape.bytes))
+    return found
+
+
+def _fourier_seconds(shape: Shape, tiling: Tiling, *, prepared: bool) -> float:
     cost = fourier_features(shape, tiling, prepared=prepared)
     return seconds(cost, PREPARED if prepared else FOURIER)
 

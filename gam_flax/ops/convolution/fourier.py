@@ -87,7 +87,8 @@ def kernel_spectrum(
     It holds n_H · n_W / k² times the kernel's numbers, or a little more.
     """
     first = _kernel_rows(periods, kernel.shape, kernel.dtype)
-    return _spectrum_of_kernel(kernel, first, periods)
+    # Row by row: all at once would take twice the spectrum's memory while it is made.
+    return jax.lax.map(lambda row: _spectrum_of_kernel(kernel, row[None], periods)[0], first)
 
 
 def correlate_spectrum(

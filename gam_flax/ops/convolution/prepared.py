@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -73,12 +74,12 @@ class PreparedConv(nnx.Module):
     @classmethod
     def of(cls, conv: nnx.Conv, periods: tuple[int, int]) -> PreparedConv:
         """The same convolution as `conv`."""
-        made = cls.like(conv, periods)
+        made = nnx.eval_shape(lambda: cls.like(conv, periods))
         assert conv.kernel is not None
         kernel = conv.kernel[...].astype(made.param_dtype)
-        made.spectrum[...] = _spectra(kernel, periods, made.groups)
+        made.spectrum.set_value(_spectra(kernel, periods, made.groups))
         if made.bias is not None and conv.bias is not None:
-            made.bias[...] = conv.bias[...].astype(made.param_dtype)
+            made.bias.set_value(conv.bias[...].astype(made.param_dtype))
         return made
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
@@ -118,9 +119,10 @@ def window(conv: nnx.Conv) -> tuple[tuple[int, int], Padding]:
     return (high, wide), ((top, bottom), (left, right))
 
 
+@partial(jax.jit, static_argnums=(1, 2))
 def _spectra(kernel: Array, periods: tuple[int, int], groups: int) -> Array:
-    transform = jax.jit(fourier.kernel_spectrum, static_argnums=1)
-    return jnp.stack([transform(part, periods) for part in jnp.split(kernel, groups, -1)])
+    parts = jnp.stack(jnp.split(kernel, groups, -1))
+    return jax.lax.map(lambda part: fourier.kernel_spectrum(part, periods), parts)
 
 
 def _kernel(spectra: Array, periods: tuple[int, int], kernel_size: tuple[int, int]) -> Array:
