@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from gam_flax.parity.align import check_names
@@ -64,6 +63,8 @@ def dropped(mask: np.ndarray, layer: Any, x: Any, *rest: Any) -> Any:
     Raises:
         ValueError: the mask does not fit.
     """
+    import jax.numpy as jnp
+
     if not _fits(mask.shape, x.shape):
         raise ValueError(f"a mask of shape {mask.shape} does not fit Flax's tensor, {x.shape}")
     return x * jnp.asarray(mask, x.dtype) / (1 - (rate(layer) or 0.0))
