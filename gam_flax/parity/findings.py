@@ -63,7 +63,7 @@ class Findings:
         self.layouts = layouts
         self.tensors: dict[str, tuple[np.ndarray, np.ndarray]] = {}
         self._buffers: Mapping[str, np.ndarray] = {}
-        self._layer_errors: dict[str, float] = {}  # layer → torch's largest error in its gradients
+        self._layer_errors: dict[str, float] = {}  # layer → how far off torch's gradients are
         self._odd: dict[Place, tuple[tuple, tuple]] = {}  # inputs of other shapes than Flax's
         self.second: Findings | None = None
         self._found: dict[tuple[str, str], Row | tuple[tuple[int, ...], judge.Gauge]] = {}
@@ -93,11 +93,18 @@ class Findings:
                 layer = leaves.split(path)[0]
                 worst = max(self._layer_errors.get(layer, 0.0), found[1].torch)
                 self._layer_errors[layer] = worst
+        self._pass_errors_back()
         rows = (
             found if isinstance(found, Row) else self._judged(stage, path, *found, largest)
             for (stage, path), found in self._found.items()
         )
         return tuple(sorted(rows, key=lambda row: STAGES.index(row.stage)))
+
+    def _pass_errors_back(self) -> None:
+        """A gradient is as far off as those of the layers behind it, which it is made of."""
+        worst = 0.0
+        for layer in reversed(self._layer_errors):
+            worst = self._layer_errors[layer] = max(worst, self._layer_errors[layer])
 
     def _judged(
         self,
@@ -115,7 +122,7 @@ class Findings:
                 scale = max(scale, math.sqrt(variance[1].oracle))
         if stage == "loss":
             scale = max(scale, self._terms)
-        if stage == "gradients":  # those of one layer are made of the same gradient of its output
+        if stage == "gradients":
             found = replace(found, torch=self._layer_errors[leaves.split(path)[0]])
         if stage == "single-step":  # one layer is allowed what torch needs for all up to it
             free = self._found.get(("forward", path.removesuffix(INPUT)))

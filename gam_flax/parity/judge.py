@@ -96,7 +96,8 @@ class Judge:
     Rounding errors of large terms that cancel do not shrink with their sum. So the scale of a
     gradient is the largest gradient of the model, of an optimizer's moment the largest of its
     name, and of a running mean the deviation of its values; and in a single step one layer is
-    allowed what torch is off by after all layers up to it. XLA adds the gradients of a bfloat16
+    allowed what torch is off by after all layers up to it, in a gradient what torch is off by in
+    those of the layers behind it. XLA adds the gradients of a bfloat16
     bias in bfloat16, torch in float32: there the unit of a gradient is √eps, 9 % of the largest.
 
     A tensor that is nothing but such errors (the gradient of a bias that a BatchNorm takes off
