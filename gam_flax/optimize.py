@@ -36,18 +36,16 @@ class FoldedConv(nnx.Conv):
     """A convolution with the norm after it in its kernel and its bias."""
 
 
-def usual_memory(model: nnx.Module) -> float:
-    """Bytes that spectra may take: 256 MB, about what torch's libraries take by themselves, and a
-    quarter of what the parameters take. So a process stays below twice torch's peak."""
-    parameters = jax.tree.leaves(nnx.state(model, nnx.Param))
-    return 256e6 + sum(leaf.nbytes for leaf in parameters) / 4
+USUAL_MEMORY = 400e6
+"""Bytes that spectra may take by default. With more, a process that runs ResNet-50 with GAM would
+take more than twice what torch takes."""
 
 
 def optimize_for_inference(
     model: nnx.Module,
     input_shape: Sequence[int] | None = None,
     *,
-    memory: float | None = None,
+    memory: float = USUAL_MEMORY,
 ) -> nnx.Module:
     """A copy of `model` that answers the same in evaluation, sooner; `model` stays as it is.
 
@@ -68,8 +66,8 @@ def optimize_for_inference(
         model: any NNX module.
         input_shape: (B, H, W, C) of what it will see most; it still takes others. None leaves
             out the second step.
-        memory: bytes that the spectra may take; None for `usual_memory`. `math.inf` is the
-            fastest, 0 prepares nothing; docs/speed.md has what a network gains for how much.
+        memory: bytes that the spectra may take. `math.inf` is the fastest, 0 prepares nothing;
+            docs/speed.md has what a network gains for how much.
 
     Raises:
         ValueError: `model` takes no input of that shape.
@@ -78,8 +76,7 @@ def optimize_for_inference(
     model.eval()
     ready: dict[Path, Periods | None] = {}
     if input_shape is not None and jax.default_backend() == "cpu":
-        allowed = usual_memory(model) if memory is None else memory
-        ready = _spent_best(_choices(model, tuple(input_shape)), allowed)
+        ready = _spent_best(_choices(model, tuple(input_shape)), memory)
     norms = dict(_followed(model))
     # One after the other, so that not all kernels are there twice.
     for path in dict.fromkeys([*norms, *ready]):
@@ -203,14 +200,16 @@ def _preparations(conv: nnx.Conv, shapes: list[tuple[int, ...]]) -> list[Prepara
     """For the largest picture it saw."""
     batch, high, wide, _ = max(shapes, key=math.prod)
     kernel_size, padding = window(conv)
-    groups = conv.feature_group_count
-    channels, outputs = conv.in_features // groups, conv.out_features // groups
-    shape = Shape(batch, (high, wide), channels, outputs, kernel_size, padding=padding)
-    # Each group has a spectrum and a convolution of its own.
-    return [
-        Preparation(one.periods, groups * one.seconds, groups * one.bytes)
-        for one in preparations(shape)
-    ]
+    shape = Shape(
+        batch,
+        (high, wide),
+        conv.in_features,
+        conv.out_features,
+        kernel_size,
+        padding=padding,
+        groups=conv.feature_group_count,
+    )
+    return preparations(shape)
 
 
 def described(model: nnx.Module) -> dict[str, Any]:

@@ -71,10 +71,16 @@ NETWORKS = {
 }
 
 
+def prepare_all(monkeypatch):
+    """Fourier tiles also for what is too small to gain: a test has no time for what gains."""
+    monkeypatch.setattr(choose, "PLAIN", choose.PlainCost(*[1.0] * 6))
+    monkeypatch.setattr(choose, "PLAIN_FORWARD", choose.PlainCost(*[1.0] * 6))
+
+
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_elsewhere_it_gives_the_same_numbers(name, optimized, tmp_path, monkeypatch):
-    monkeypatch.setattr(choose, "MARGIN", 1e9)  # also where a test has no time for what pays
+    prepare_all(monkeypatch)
     model = NETWORKS[name]()
     if optimized:
         model = gam_flax.optimize_for_inference(model, (8, 20, 20, 3))
@@ -118,7 +124,7 @@ def test_the_networks_of_the_examples(kind, tmp_path):
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
 def test_each_platform_has_its_own_convolution(optimized, monkeypatch):
     """A CPU multiplies frequencies, the others convolve; the kernel is there in both forms."""
-    monkeypatch.setattr(choose, "MARGIN", 1e9)
+    prepare_all(monkeypatch)
     model = gam_flax.GAM(8, rngs=nnx.Rngs(0))
     if optimized:
         model = gam_flax.optimize_for_inference(model, (8, 20, 20, 8))

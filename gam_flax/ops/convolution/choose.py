@@ -73,10 +73,6 @@ class Shape(NamedTuple):
     def depthwise(self) -> bool:
         return self.groups > 1 and self.groups == self.channels == self.outputs
 
-    def one_group(self) -> Shape:
-        channels, outputs = self.channels // self.groups, self.outputs // self.groups
-        return self._replace(channels=channels, outputs=outputs, groups=1)
-
     @property
     def pixels(self) -> int:
         """Of all outputs."""
@@ -127,7 +123,8 @@ random convolutions on two cores of an AMD EPYC 9005 with jax 0.10.2; only their
 
 def plain_features(shape: Shape) -> PlainCost:
     taps = math.prod(shape.kernel_size)
-    products = shape.pixels * taps * shape.channels * shape.outputs
+    pairs = shape.channels * shape.outputs // shape.groups
+    products = shape.pixels * taps * pairs
     # XLA has a loop of its own for a kernel that is larger than the picture.
     naive = any(k > size for k, size in zip(shape.kernel_size, shape.sizes, strict=True))
     return PlainCost(
@@ -136,7 +133,7 @@ def plain_features(shape: Shape) -> PlainCost:
         shape.pixels * taps * shape.channels,
         shape.pixels * taps * shape.outputs,
         shape.pixels * (shape.channels + shape.outputs),
-        taps * shape.channels * shape.outputs,
+        taps * pairs,
     )
 
 
@@ -148,7 +145,7 @@ def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) ->
     half = n // 2 + 1
     into = half * 2 * (high.inputs * wide.inputs + m * 2 * wide.inputs)
     back = half * 2 * (high.outputs * wide.outputs + m * 2 * wide.outputs)
-    pair = shape.channels * shape.outputs
+    pairs = shape.channels * shape.outputs // shape.groups
     steps = 1 if prepared else -(-half // tiling.rows)
     rows = half / steps
     across = wide.inputs + m  # points of a row of frequencies before and after its transform
@@ -156,11 +153,11 @@ def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) ->
     moved += 2 * high.inputs * wide.inputs * shape.channels
     numbers = shape.channels + 2 * shape.outputs
     temporary = 2 * tiles * (half * wide.inputs * shape.channels + rows * m * numbers)
-    temporary += 0 if prepared else 2 * rows * m * pair
+    temporary += 0 if prepared else 2 * rows * m * pairs
     return Cost(
         chunks * tiles * (into * shape.channels + back * shape.outputs),
-        chunks * tiles * 4 * half * m * pair,
-        chunks * 2 * half * m * pair,
+        chunks * tiles * 4 * half * m * pairs,
+        chunks * 2 * half * m * pairs,
         chunks * tiles * moved,
         chunks * steps,
         chunks * tiles * moved * max(0.0, 1 - NEAR / (temporary * shape.bytes)),
@@ -218,7 +215,8 @@ def preparations(shape: Shape) -> list[Preparation]:
         tiling = best_tiling(shape, prepared=True, periods=periods)
         assert tiling is not None
         cost = _fourier_seconds(shape, tiling, prepared=True)
-        numbers = 2 * (periods[0] // 2 + 1) * periods[1] * shape.channels * shape.outputs
+        pairs = shape.channels * shape.outputs // shape.groups
+        numbers = 2 * (periods[0] // 2 + 1) * periods[1] * pairs
         if cost < MARGIN * plain:
             found.append(Preparation(periods, cost, numbers * shape.bytes))
     return found
@@ -240,7 +238,7 @@ def tilings(
         if max(some) > LONGEST and not periods:
             continue
         half = some[0] // 2 + 1
-        row = some[1] * 2 * shape.channels * shape.outputs * shape.bytes
+        row = some[1] * 2 * shape.channels * shape.outputs // shape.groups * shape.bytes
         rows = half if prepared else min(half, max(1, int(SLAB // row)))
         rows = -(-half // -(-half // rows))  # as many steps, evenly filled
         images = {0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)}

@@ -21,7 +21,7 @@ Algorithm = Literal["auto", "direct", "plain", "per_group", "tap_by_tap", "fouri
 - plain: `lax.conv_general_dilated`.
 - per_group: one plain convolution a group.
 - tap_by_tap: shifted pictures, added; depthwise convolutions only.
-- fourier: a product per frequency, tile by tile, see `fourier.py`; a group at a time.
+- fourier: a product per frequency and group, tile by tile, see `fourier.py`.
 - direct: tap by tap, a group at a time, or plain, whichever suits it.
 - auto: on a CPU whichever the cost model of `choose.py` finds cheapest; elsewhere plain.
 """
@@ -99,21 +99,22 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
     auto = algorithm in ("auto", "direct")
     if shape.depthwise and (auto or algorithm == "tap_by_tap"):
         return partial(direct.tap_by_tap, strides=shape.strides, padding=shape.padding)
-    if shape.groups > 1:
-        if algorithm in ("plain", "tap_by_tap") or (auto and shape.groups > MANY_GROUPS):
-            return None
-        plain = partial(direct.plain, strides=shape.strides, padding=shape.padding)
+    tiling = _tiling(shape, algorithm)
+    if tiling is not None:
+        return partial(fourier.correlate, padding=shape.padding, tiling=tiling, groups=shape.groups)
+    if algorithm == "per_group" or (auto and 1 < shape.groups <= MANY_GROUPS):
         return partial(
-            direct.per_group,
-            groups=shape.groups,
-            convolve=_other_way(shape.one_group(), algorithm) or plain,
+            direct.per_group, strides=shape.strides, padding=shape.padding, groups=shape.groups
         )
-    if shape.strides != (1, 1) or not shape.known or algorithm not in ("auto", "fourier"):
+    return None
+
+
+def _tiling(shape: Shape, algorithm: str) -> fourier.Tiling | None:
+    if shape.strides != (1, 1) or not shape.known:
         return None
-    tiling = cheapest_tiling(shape) if algorithm == "auto" else best_tiling(shape)
-    if tiling is None:
-        return None
-    return partial(fourier.correlate, padding=shape.padding, tiling=tiling)
+    if algorithm == "auto":
+        return cheapest_tiling(shape) if shape.groups <= MANY_GROUPS else None
+    return best_tiling(shape) if algorithm == "fourier" else None
 
 
 def conv_general_dilated(

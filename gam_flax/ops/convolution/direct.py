@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
@@ -34,8 +32,9 @@ def plain(
 def per_group(
     x: Float[Array, "B H W C"],
     kernel: Float[Array, "k l D O"],
+    strides: Strides,
+    padding: Padding,
     groups: int,
-    convolve: Callable[[Array, Array], Array],
 ) -> Float[Array, "B h w O"]:
     """One convolution a group, and a concatenation.
 
@@ -43,7 +42,7 @@ def per_group(
     that takes 60 to 130 times as long.
     """
     pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    return jnp.concatenate([convolve(some, part) for some, part in pairs], -1)
+    return jnp.concatenate([plain(some, part, strides, padding) for some, part in pairs], -1)
 
 
 def tap_by_tap(

@@ -65,35 +65,39 @@ def cut(size: int, kernel_size: int, padding: tuple[int, int], period: int) -> C
 
 def correlate(
     x: Float[Array, "B H W C"],
-    kernel: Float[Array, "k l C O"],
+    kernel: Float[Array, "k l D O"],
     padding: Padding,
     tiling: Tiling,
+    groups: int = 1,
 ) -> Float[Array, "B h w O"]:
     """What torch and `lax.conv_general_dilated` call a convolution, stride 1, in `x`'s type."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def some(x: Array) -> Array:
-        return _by_rows(x, kernel, padding, tiling)
+        return _by_rows(x, kernel, padding, tiling, groups)
 
     return _by_images(some, x, tiling.images)
 
 
 def kernel_spectrum(
-    kernel: Float[Array, "k l C O"], periods: tuple[int, int]
-) -> Float[Array, "f g C P"]:
-    """What `correlate_spectrum` takes: (n_H // 2 + 1, n_W, C_in, 2 · C_out), the real parts first.
+    kernel: Float[Array, "k l D O"], periods: tuple[int, int], groups: int = 1
+) -> Float[Array, "f n g D P"]:
+    """What `correlate_spectrum` takes: (n_H // 2 + 1, groups, n_W, D, 2 · O / groups), the real
+    parts first.
 
     It holds n_H · n_W / k² times the kernel's numbers, or a little more.
     """
     first = _kernel_rows(periods, kernel.shape, kernel.dtype)
     # Row by row: all at once would take twice the spectrum's memory while it is made.
-    return jax.lax.map(lambda row: _spectrum_of_kernel(kernel, row[None], periods)[0], first)
+    return jax.lax.map(
+        lambda row: _spectrum_of_kernel(kernel, row[None], periods, groups)[0], first
+    )
 
 
 def correlate_spectrum(
     x: Float[Array, "B H W C"],
-    spectrum: Float[Array, "f g C P"],
+    spectrum: Float[Array, "f n g D P"],
     kernel_size: tuple[int, int],
     padding: Padding,
     tiling: Tiling,
@@ -122,7 +126,7 @@ def _by_images(some, x: Array, images: int) -> Array:
     return y if whole == batch else jnp.concatenate([y, some(x[whole:])])
 
 
-def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling) -> Array:
+def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling, groups: int) -> Array:
     tiles, cuts = _tiles(x, kernel.shape[:2], padding, tiling.periods)
     forward, second, back, last = _matrices(tiling.periods, cuts, x.dtype)
     first = _kernel_rows(tiling.periods, kernel.shape, x.dtype)
@@ -132,7 +136,7 @@ def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling) -> Array
     @partial(jax.checkpoint, prevent_cse=False)
     def step(carry: None, some: tuple[Array, Array]) -> tuple[None, Array]:
         rows, matrix = some
-        spectrum = _spectrum_of_kernel(kernel, matrix, tiling.periods)
+        spectrum = _spectrum_of_kernel(kernel, matrix, tiling.periods, groups)
         return carry, _rows(rows, spectrum, second, back)
 
     parts = _in_steps(forward, steps, tiling.rows), _in_steps(first, steps, tiling.rows)
@@ -195,13 +199,16 @@ def _half_spectrum(tiles: Array, forward: np.ndarray) -> Array:
 def _rows(rows: Array, spectrum: Array, second: np.ndarray, back: np.ndarray) -> Array:
     """Some rows of frequencies: transformed along W, multiplied, transformed back along W."""
     x = jnp.einsum("fgqpw,fpwtc->fgqtc", _a_row(second, rows), rows)
-    frequencies, tiles, channels = x.shape[:2], x.shape[3], x.shape[4]
-    # Real and imaginary parts are more rows: one product a frequency, not four.
-    z = jnp.einsum("fgtc,fgco->fgto", x.reshape(*frequencies, 2 * tiles, channels), spectrum)
-    z = z.reshape(*frequencies, 2, tiles, 2, -1)
-    real = z[:, :, 0, :, 0] - z[:, :, 1, :, 1]
-    imaginary = z[:, :, 0, :, 1] + z[:, :, 1, :, 0]
-    return jnp.einsum("fqwgp,fgpto->fqwto", _a_row(back, rows), jnp.stack([real, imaginary], 2))
+    (high, wide), tiles, groups = x.shape[:2], x.shape[3], spectrum.shape[1]
+    # Real and imaginary parts are more rows: one product a frequency and group, not four.
+    x = x.reshape(high, wide, 2 * tiles, groups, -1)
+    z = jnp.einsum("fgtnc,fngco->fngto", x, spectrum)
+    z = z.reshape(high, groups, wide, 2, tiles, 2, -1)
+    real = z[..., 0, :, 0, :] - z[..., 1, :, 1, :]
+    imaginary = z[..., 0, :, 1, :] + z[..., 1, :, 0, :]
+    y = jnp.stack([real, imaginary], 3).transpose(0, 2, 3, 4, 1, 5)
+    y = y.reshape(*y.shape[:4], -1)
+    return jnp.einsum("fqwgp,fgpto->fqwto", _a_row(back, rows), y)
 
 
 def _a_row(matrix: np.ndarray, rows: Array) -> Array:
@@ -211,15 +218,15 @@ def _a_row(matrix: np.ndarray, rows: Array) -> Array:
 
 
 def _spectrum_of_kernel(
-    kernel: Array, first: Array | np.ndarray, periods: tuple[int, int]
+    kernel: Array, first: Array | np.ndarray, periods: tuple[int, int], groups: int
 ) -> Array:
-    """The conjugate spectrum, (f, g, C_in, 2 · C_out), of the rows that `first` makes."""
+    """The conjugate spectrum, (f, n, g, D, 2 · O / n), of the rows that `first` makes."""
     second = _complex_dft(periods[1], range(kernel.shape[1])).astype(kernel.dtype)
     second[:, 1] *= -1
     rows = jnp.einsum("fph,hwio->fpwio", first, kernel)
     both = jnp.einsum("fgqpw,fpwio->fgqio", _a_row(second, rows), rows)
-    both = both.swapaxes(2, 3)
-    return both.reshape(*both.shape[:3], -1)
+    both = both.reshape(*both.shape[:4], groups, -1).transpose(0, 4, 1, 3, 2, 5)
+    return both.reshape(*both.shape[:4], -1)
 
 
 def _untile(

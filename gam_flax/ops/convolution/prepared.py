@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import jax
@@ -52,7 +51,7 @@ class PreparedConv(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         channels, outputs = (number // groups for number in features)
-        shape = (groups, periods[0] // 2 + 1, periods[1], channels, 2 * outputs)
+        shape = (periods[0] // 2 + 1, groups, periods[1], channels, 2 * outputs)
         self.spectrum = nnx.Param(jnp.zeros(shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features[1], param_dtype)) if use_bias else None
 
@@ -77,7 +76,8 @@ class PreparedConv(nnx.Module):
         made = nnx.eval_shape(lambda: cls.like(conv, periods))
         assert conv.kernel is not None
         kernel = conv.kernel[...].astype(made.param_dtype)
-        made.spectrum.set_value(_spectra(kernel, periods, made.groups))
+        transform = jax.jit(fourier.kernel_spectrum, static_argnums=(1, 2))
+        made.spectrum.set_value(transform(kernel, periods, made.groups))
         if made.bias is not None and conv.bias is not None:
             made.bias.set_value(conv.bias[...].astype(made.param_dtype))
         return made
@@ -91,24 +91,18 @@ class PreparedConv(nnx.Module):
             y += self.bias[...]
         return y.astype(self.dtype or jnp.result_type(x, self.spectrum[...]))
 
-    def _in_tiles(self, x: Array, spectra: Array) -> Array:
-        parts = jnp.split(x, self.groups, -1)
-        tiling = best_tiling(self._shape(parts[0]), prepared=True, periods=self.periods)
+    def _in_tiles(self, x: Array, spectrum: Array) -> Array:
+        kernel = (*self.kernel_size, self.features[0] // self.groups, self.features[1])
+        shape = Shape.of(
+            x, jax.ShapeDtypeStruct(kernel, x.dtype), (1, 1), self.padding, self.groups
+        )
+        tiling = best_tiling(shape, prepared=True, periods=self.periods)
         assert tiling is not None
-        y = [
-            fourier.correlate_spectrum(part, spectrum, self.kernel_size, self.padding, tiling)
-            for part, spectrum in zip(parts, spectra, strict=True)
-        ]
-        return jnp.concatenate(y, -1) if len(y) > 1 else y[0]
+        return fourier.correlate_spectrum(x, spectrum, self.kernel_size, self.padding, tiling)
 
-    def _plain(self, x: Array, spectra: Array) -> Array:
-        kernel = _kernel(spectra.astype(x.dtype), self.periods, self.kernel_size)
+    def _plain(self, x: Array, spectrum: Array) -> Array:
+        kernel = _kernel(spectrum.astype(x.dtype), self.periods, self.kernel_size)
         return direct.plain(x, kernel, (1, 1), self.padding, self.groups)
-
-    def _shape(self, x: Array) -> Shape:
-        outputs = self.features[1] // self.groups
-        kernel = jax.ShapeDtypeStruct((*self.kernel_size, x.shape[-1], outputs), x.dtype)
-        return Shape.of(x, kernel, (1, 1), self.padding, 1)
 
 
 def window(conv: nnx.Conv) -> tuple[tuple[int, int], Padding]:
@@ -119,17 +113,11 @@ def window(conv: nnx.Conv) -> tuple[tuple[int, int], Padding]:
     return (high, wide), ((top, bottom), (left, right))
 
 
-@partial(jax.jit, static_argnums=(1, 2))
-def _spectra(kernel: Array, periods: tuple[int, int], groups: int) -> Array:
-    parts = jnp.stack(jnp.split(kernel, groups, -1))
-    return jax.lax.map(lambda part: fourier.kernel_spectrum(part, periods), parts)
-
-
-def _kernel(spectra: Array, periods: tuple[int, int], kernel_size: tuple[int, int]) -> Array:
-    """The kernel again: `_spectra` undone, exact but for rounding."""
-    real, imaginary = jnp.split(spectra, 2, -1)
+def _kernel(spectrum: Array, periods: tuple[int, int], kernel_size: tuple[int, int]) -> Array:
+    """The kernel again: `fourier.kernel_spectrum` undone, exact but for rounding."""
+    real, imaginary = jnp.split(spectrum, 2, -1)
     whole = jnp.fft.ifft(jax.lax.complex(real, -imaginary), axis=2)  # the spectrum is conjugate
-    kernels = jnp.fft.irfft(whole, periods[0], axis=1)
-    (high, wide), (_, _, _, channels, outputs) = kernel_size, kernels.shape
-    taps = kernels[:, :high, :wide].transpose(1, 2, 3, 0, 4)
-    return taps.reshape(high, wide, channels, len(spectra) * outputs)
+    kernels = jnp.fft.irfft(whole, periods[0], axis=0)
+    (high, wide), (_, groups, _, channels, outputs) = kernel_size, kernels.shape
+    taps = kernels[:high, :, :wide].transpose(0, 2, 3, 1, 4)
+    return taps.reshape(high, wide, channels, groups * outputs)
