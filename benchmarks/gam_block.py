@@ -3,14 +3,14 @@
     python -m benchmarks.gam_block [--rounds 7] [--works inference training …]
 
 Each framework has a process of its own and they take turns, see `processes.py`. In Flax the
-model for inference is what `optimize_for_inference` makes of it. Memory is measured apart, one
-shape a process.
+model for inference is what `optimize_for_inference` makes of it. Memory and first calls are
+measured apart, one shape a process.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import statistics
 import sys
 import tempfile
 from pathlib import Path
@@ -21,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import processes
 from benchmarks.gam_block_inside import WORKS
+from benchmarks.gam_block_picture import draw
 from benchmarks.load_resnet50 import PACKAGES, ROOT, cpp_compiler, positive, surroundings
 from benchmarks.processes import Contestant
 
@@ -28,21 +29,20 @@ TITLE = "A GAM block, Flax against torch"
 FLAX = "flax"
 TORCH = ("eager", "channels_last", "compile")
 
-INFERENCE = [
-    *("8,256,28", "8,512,14", "32,512,7", "16,1024,14"),
-    *("1,256,28", "1,512,14", "1,64,56", "8,64,56"),
-]
-TRAINING = ["32,64,56", "32,256,28", "32,512,14", "64,512,7"]
-
 NOTES = (
-    "Seconds are medians over the rounds of the median of seven calls, float32. “torch” is the "
-    "fastest of eager, eager in channels_last and torch.compile, shape by shape.",
-    "Above 1 Flax is faster. Peak memory is that of a process that does one shape alone.",
+    "Seconds are medians over the rounds of the median of a process's calls, float32. Speed is "
+    "the fastest of eager, eager in channels_last and torch.compile over Flax, shape by shape: "
+    "above 1 Flax is faster.",
+    "First call: until the first answer under jit, with an empty compilation cache and with the "
+    "one that the first process left. Peak memory is that of a process that does one shape alone, "
+    "over torch's, eager.",
+    "Possible: the time in which this machine's matrix products and memory, measured in the same "
+    "run, would do the chosen algorithm, over the time taken; see floor.py.",
 )
 
 
-def shapes(work: str) -> list[str]:
-    return TRAINING if "training" in work else INFERENCE
+FLOORS = ("inference", "training", "grouped inference", "grouped training")
+"""The works whose operations floor.py counts."""
 
 
 def contestants(work: str, some: list[str], cache: Path) -> list[Contestant]:
@@ -60,61 +60,87 @@ def contestants(work: str, some: list[str], cache: Path) -> list[Contestant]:
     ]
 
 
-def compared(results: dict[str, Any], name: str) -> dict[str, float]:
-    """The medians of one shape, and how many times faster Flax is than the best of torch."""
-    medians = {role: result[name]["median"] for role, result in results.items() if name in result}
-    best = min(seconds for role, seconds in medians.items() if role != FLAX)
-    return {**medians, "speed": best / medians[FLAX]}
+def compared(record: dict[str, Any], alone: dict[str, Any], name: str) -> dict[str, Any]:
+    """One shape: the medians, how many times faster Flax is than the best of torch, and more."""
+    results = record["results"]
+    row: dict[str, Any] = {"name": name}
+    row |= {role: result[name]["median"] for role, result in results.items() if name in result}
+    row["speed"] = min(row[role] for role in TORCH if role in row) / row[FLAX]
+    return row | alone.get(name, {})
 
 
-def markdown(records: dict[str, dict[str, Any]], memory: dict[str, Any]) -> str:
-    first = next(iter(records.values()))
+def by_work(kept: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    rows = {}
+    for work, record in kept["records"].items():
+        alone = kept["alone"].get(work, {})
+        rows[work] = [compared(record, alone, name) for name in WORKS[work].shapes]
+        for row in rows[work]:
+            floor = kept["floor"].get(f"{work} {row['name']}")
+            if floor is not None:
+                row["possible"] = floor / row[FLAX]
+    return rows
+
+
+COLUMNS = (
+    *((role, f"{role}, ms", 1e3, "{:.2f}") for role in (FLAX, *TORCH)),
+    ("speed", "speed", 1, "**{:.2f}**"),
+    ("first", "first call, s", 1, "{:.2f}"),
+    ("cached", "cached, s", 1, "{:.2f}"),
+    ("memory", "memory ÷ torch's", 1, "{:.2f}"),
+    ("possible", "of the possible", 100, "{:.0f} %"),
+)
+
+
+def markdown(kept: dict[str, Any]) -> str:
+    first = next(iter(kept["records"].values()))
     parts = [processes.heading({**first, "title": TITLE})]
-    for work, record in records.items():
-        rows = []
-        speeds = []
-        for name in shapes(work):
-            row = compared(record["results"], name)
-            speeds.append(row["speed"])
-            cells = [f"{1e3 * row[role]:.2f}" if role in row else "–" for role in (FLAX, *TORCH)]
-            used = memory.get(work, {}).get(name)
-            cells.append("–" if used is None else f"{used[FLAX] / used['eager']:.2f}")
-            rows.append([f"({name})", *cells, f"{row['speed']:.2f}"])
-        mean = math.exp(sum(map(math.log, speeds)) / len(speeds))
-        rows.append(["geometric mean", *[""] * 5, f"{mean:.2f}"])
-        heads = ["batch, channels, side", *(f"{role}, ms" for role in (FLAX, *TORCH))]
-        parts += [
-            f"## {work.capitalize()}",
-            processes.markdown_table([*heads, "memory ÷ eager's", "times as fast"], rows),
+    parts.append(
+        f"Measured in the same run: {kept['floor']['products'] / 1e9:.0f} GFLOP/s of products, "
+        f"{kept['floor']['memory'] / 1e9:.0f} GB/s of memory."
+    )
+    for work, rows in by_work(kept).items():
+        cells = [
+            [
+                f"({row['name']})",
+                *(
+                    shown.format(by * row[key]) if key in row else "–"
+                    for key, _, by, shown in COLUMNS
+                ),
+            ]
+            for row in rows
         ]
+        mean = statistics.geometric_mean([row["speed"] for row in rows])
+        heads = ["batch, channels, side", *(head for _, head, _, _ in COLUMNS)]
+        title = f"## {work[:1].upper()}{work[1:]}: {mean:.2f} times as fast in the geometric mean"
+        parts += [title, processes.markdown_table(heads, cells)]
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in NOTES)])
 
 
-def measure(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any], dict[str, Any]]:
+def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
     threads = processes.use_cores(args.threads)
     on = processes.machine()
-    records: dict[str, Any] = {}
-    memory: dict[str, Any] = {}
+    kept: dict[str, Any] = {"records": {}, "alone": {}, "floor": {}}
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with (
         tempfile.TemporaryDirectory(prefix="gam-block-") as cache,
         Progress(*columns, TimeElapsedColumn(), console=console) as bar,
     ):
+        floor = [work for work in args.works if work in FLOORS]
+        command = [sys.executable, "-m", "benchmarks.floor", *floor]
+        kept["floor"] = processes.run_alone(Contestant("floor", command, surroundings()))
         for work in args.works:
-            every = contestants(work, shapes(work), Path(cache))
-            alone = 2 * len(shapes(work)) * args.memory
-            total = processes.count_runs(every, args.rounds) + alone
+            shapes = WORKS[work].shapes
+            every = contestants(work, list(shapes), Path(cache))
+            total = processes.count_runs(every, args.rounds) + 3 * len(shapes) * args.alone
             task = bar.add_task(work, total=total)
 
             def on_run(label: str, task: Any = task, work: str = work) -> None:
                 bar.update(task, advance=1, description=f"{work}, {label}")
 
+            if args.alone:
+                kept["alone"][work] = {name: alone(work, name, on_run) for name in shapes}
             runs = processes.take_turns(every, args.rounds, on_run=on_run)
-            if args.memory:
-                memory[work] = {
-                    name: peaks(work, name, Path(cache), on_run) for name in shapes(work)
-                }
-            records[work] = processes.make_record(
+            kept["records"][work] = processes.make_record(
                 f"{TITLE}: {work}",
                 runs,
                 on=on,
@@ -123,16 +149,23 @@ def measure(args: argparse.Namespace, console: Console) -> tuple[dict[str, Any],
                 contestants=every,
                 notes=NOTES,
             )
-    return records, memory
+    return kept
 
 
-def peaks(work: str, name: str, cache: Path, on_run: Any) -> dict[str, float]:
-    """MB, of a process that does this shape alone."""
-    found = {}
-    for one in contestants(work, [name], cache)[:2]:
-        on_run(f"memory: {one.name}")
-        found[one.name] = processes.run_alone(one)["peak memory"]
-    return found
+def alone(work: str, name: str, on_run: Any) -> dict[str, float]:
+    """One shape in processes of its own: Flax with an empty cache, Flax again, torch."""
+    with tempfile.TemporaryDirectory(prefix="gam-block-") as cache:
+        ours, eager, *_ = contestants(work, [name], Path(cache))
+        found = []
+        for label, one in (("alone", ours), ("alone, cached", ours), ("alone", eager)):
+            on_run(f"{one.name} {label}: {name}")
+            found.append(processes.run_alone(one))
+    first, again, torch = found
+    return {
+        "first": first[f"first {name}"],
+        "cached": again[f"first {name}"],
+        "memory": first["peak memory"] / torch["peak memory"],
+    }
 
 
 @processes.ends_in_a_line
@@ -141,18 +174,27 @@ def main() -> int:
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=2, help="cores for each framework")
     parser.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
-    parser.add_argument("--memory", action=argparse.BooleanOptionalAction, default=True)
+    parser.add_argument(
+        "--alone",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="first calls and peaks of memory, each shape in processes of its own",
+    )
     parser.add_argument(
         "--out",
         type=Path,
         default=ROOT / "benchmarks" / "results" / "gam_block",
-        help="where the results go; .json and .md are added",
+        help="where the results go; .json, .md and .png are added",
     )
     args = parser.parse_args()
     console = Console()
-    records, memory = measure(args, console)
-    text = markdown(records, memory)
-    written = processes.write(args.out, {"records": records, "memory": memory}, text)
+    kept = measure(args, console)
+    text = markdown(kept)
+    picture = args.out.with_name(args.out.name + ".png")
+    written = (*processes.write(args.out, kept, text), picture)
+    on = next(iter(kept["records"].values()))
+    said = f"{on['date']}, {on['machine']['processor']}, {on['machine']['cores_in_use']} cores"
+    draw(by_work(kept), picture, said=said)
     print(text)
     for path in written:
         console.print(f"Written     {path}", soft_wrap=True)
