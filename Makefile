@@ -1,6 +1,6 @@
 # make demo   install what the demo needs, port the shipped checkpoint, compare, draw
 # make test   install what the tests need and run all but the slow ones
-# make bench  the same, and measure what benchmarks/ measures: some minutes of a quiet machine
+# make bench  the same, and measure what benchmarks/ measures: an hour of a quiet machine
 # make tpu-check  compile GAM and ResNet-50 + GAM for TPUs, without one, and check the figures
 PYTHON ?= python3
 VENV := .venv
@@ -25,6 +25,9 @@ lint: $(VENV)/.test
 
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.load_resnet50
+	$(BIN)/python -m benchmarks.gam_block
+	$(BIN)/python -m benchmarks.growth
+	$(BIN)/python -m benchmarks.convolution_model check
 
 # In an environment of its own: where libtpu is installed, jax looks for a TPU at every start.
 tpu-check: $(VENV)-tpu/.tpu-check

@@ -4,7 +4,7 @@ python -m benchmarks.gam_block_inside flax|eager|channels_last|compile WORK CACH
 
 A shape is BATCH,CHANNELS,SIDE. The numbers are seconds: "8,256,28" of one call, "first 8,256,28" of
 the first call, which compiles; and the peak of memory, in MB. CACHE is a folder where compiled
-programs are kept.
+programs are kept; GAM_KERNEL_SIZE in the environment is 7 where it is not said.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def build(package: Any, name: str, channels: int, **how: Any) -> Any:
     if name in package.list_models():
         options = {"ratio": 16}
         return package.create_model(name, attention="gam", attention_options=options, **how)
-    return package.GAM.from_variant(name, channels, **how)
+    kernel_size = int(os.environ.get("GAM_KERNEL_SIZE", "7"))
+    return package.GAM.from_variant(name, channels, kernel_size=kernel_size, **how)
 
 
 def flax(work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:

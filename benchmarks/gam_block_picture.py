@@ -19,7 +19,16 @@ def draw(rows: Mapping[str, list[dict[str, Any]]], path: Path, *, said: str) -> 
     left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     places, names, at = [], [], 0.0
     for work, some in rows.items():
-        left.text(0, at, work, va="center", ha="left", weight="bold", fontsize=9, clip_on=False)
+        left.text(
+            0,
+            at,
+            f" {work[:1].upper()}{work[1:]}",
+            va="center",
+            ha="left",
+            weight="bold",
+            fontsize=9,
+            clip_on=False,
+        )
         at += 1
         for row in some:
             _bar(left, at, row["speed"], FASTER if row["speed"] >= 1 else SLOWER, "{:.2f}")
@@ -35,7 +44,7 @@ def draw(rows: Mapping[str, list[dict[str, Any]]], path: Path, *, said: str) -> 
     left.set_xlabel("times as fast as the fastest of PyTorch's three (1 = as fast)")
     left.set_ylabel("batch, channels, side")
     right.set_xlim(0, 100)
-    right.set_xlabel("of what the machine's products and memory could do, %")
+    right.set_xlabel("of what the machine could do, %")
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
@@ -52,4 +61,5 @@ def _bar(axes: Axes, at: float, length: float, color: str, shown: str) -> None:
         textcoords="offset points",
         va="center",
         fontsize=8,
+        bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.8},
     )

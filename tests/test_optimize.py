@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,20 @@ def test_what_it_replaces(eager_choice):
     prepared = gam_flax.optimize_for_inference(model, SHAPE)
     assert kinds(prepared).count(PreparedConv) == 2
     assert kinds(model).count(BatchNorm) == 2, "the model itself was changed"
+
+
+@pytest.mark.parametrize("memory", [0, 3e6, 6e6, math.inf])
+def test_spectra_take_no_more_memory_than_they_may(memory):
+    model = random_model(lambda **k: gam_flax.create_attention("gam", 128, **k))
+    optimized = gam_flax.optimize_for_inference(model, (8, 28, 28, 128), memory=memory)
+    spectra = [
+        module.spectrum.nbytes
+        for _, module in nnx.iter_modules(optimized)
+        if isinstance(module, PreparedConv)
+    ]
+    assert len(spectra) == {0: 0, 3e6: 1}.get(memory, 2)
+    assert sum(spectra) <= memory
+    assert (sum(spectra) > 6e6) == (memory == math.inf), "what may be used is worth using"
 
 
 def test_a_norm_before_its_convolution_stays():

@@ -56,13 +56,14 @@ def problems(draw):
 
 
 @settings(max_examples=8, deadline=None)
-@given(problem=problems(), seed=st.integers(0, 99))
-def test_fourier_tiles_are_the_convolution(problem, seed):
+@given(problem=problems(), seed=st.integers(0, 99), groups=st.sampled_from([1, 3]))
+def test_fourier_tiles_are_the_convolution(problem, seed, groups):
     kernel_size, sizes, padding, tiling = problem
-    x, kernel = draw_arrays(seed, 3, sizes, kernel_size, 4, 3)
-    expected = direct.plain(x, kernel, (1, 1), padding)
-    assert off(fourier.correlate(x, kernel, padding, tiling), expected) < EXACT
-    spectrum = fourier.kernel_spectrum(kernel, tiling.periods)
+    x, kernel = draw_arrays(seed, 3, sizes, kernel_size, 2, 6)
+    x = jnp.concatenate([x + i for i in range(groups)], -1)
+    expected = direct.plain(x, kernel, (1, 1), padding, groups)
+    assert off(fourier.correlate(x, kernel, padding, tiling, groups), expected) < EXACT
+    spectrum = fourier.kernel_spectrum(kernel, tiling.periods, groups)
     found = fourier.correlate_spectrum(x, spectrum, kernel_size, padding, tiling)
     assert off(found, expected) < EXACT
 
