@@ -54,6 +54,14 @@ def make(request: pytest.FixtureRequest) -> type[Block]:
     return FRAMEWORKS[request.param]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def compiled_programs_end_with_their_file() -> Iterator[None]:
+    """Thousands of them take gigabytes, and a garbage collector's time, in a long run."""
+    yield
+    if "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
 @pytest.fixture
 def unchecked() -> Iterator[None]:
     """Annotations are not checked: what a user meets who passes a wrong shape or option."""

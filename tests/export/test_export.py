@@ -61,13 +61,12 @@ def network(name="resnet8", attention="gam", **options):
 
 SMALL = {"layers": (1, 1), "widths": (8, 16), "attention_options": {"ratio": 4}}
 GROUPED = {"variant": "grouped", "ratio": 4, "kernel_size": 3}
+LARGE = "mobilenet_v2 with cbam"
 NETWORKS = {
     "gam": lambda: network(**SMALL),
     "grouped": lambda: network(**{**SMALL, "widths": (16, 16), "attention_options": GROUPED}),
     "bam": lambda: network(attention="bam", **SMALL),
-    "mobilenet_v2 with cbam": lambda: network(
-        "mobilenet_v2", "cbam", width_mult=0.25, attention_options={"ratio": 4}
-    ),
+    LARGE: lambda: network("mobilenet_v2", "cbam", width_mult=0.25, attention_options={"ratio": 4}),
 }
 
 
@@ -78,7 +77,10 @@ def prepare_all(monkeypatch):
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow if name == LARGE else []) for name in NETWORKS],
+)
 def test_elsewhere_it_gives_the_same_numbers(name, optimized, tmp_path, monkeypatch):
     prepare_all(monkeypatch)
     model = NETWORKS[name]()
