@@ -26,6 +26,7 @@ lint: $(VENV)/.test
 bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.load_resnet50
 	$(BIN)/python -m benchmarks.gam_block
+	$(BIN)/python -m benchmarks.gam_block_gpu
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.convolution_model check
 

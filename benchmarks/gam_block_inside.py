@@ -4,7 +4,8 @@ python -m benchmarks.gam_block_inside flax|eager|channels_last|compile WORK CACH
 
 A shape is BATCH,CHANNELS,SIDE. The numbers are seconds: "8,256,28" of one call, "first 8,256,28" of
 the first call, which compiles; and the peak of memory, in MB. CACHE is a folder where compiled
-programs are kept; GAM_KERNEL_SIZE in the environment is 7 where it is not said.
+programs are kept. In the environment GAM_KERNEL_SIZE is 7, GAM_DEVICE cpu and GAM_PRECISION float32
+where they are not said.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ from typing import Any, NamedTuple
 from benchmarks.inside import Stages, peak_memory, report
 
 RATE = 0.01
+DEVICE = os.environ.get("GAM_DEVICE", "cpu")
+PRECISION = os.environ.get("GAM_PRECISION", "float32")
+"""float32, TF32 or bfloat16."""
 
 
 class Work(NamedTuple):
@@ -75,8 +79,9 @@ def flax(work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:
 
     import gam_flax
 
-    x = jnp.asarray(pictures(shape))
-    model = build(gam_flax, work.model, shape[1], rngs=nnx.Rngs(0))
+    dtype = jnp.bfloat16 if PRECISION == "bfloat16" else jnp.float32
+    x = jnp.asarray(pictures(shape), dtype)
+    model = build(gam_flax, work.model, shape[1], dtype=dtype, rngs=nnx.Rngs(0))
     if not work.training:
         model.eval()
         fast = gam_flax.optimize_for_inference(model, x.shape, **work.options)
@@ -106,16 +111,23 @@ def torch(
     import gam_torch
 
     layout = torch.channels_last if channels_last else torch.contiguous_format
+    dtype = torch.bfloat16 if PRECISION == "bfloat16" else torch.float32
+    torch.set_float32_matmul_precision("high" if PRECISION == "TF32" else "highest")
+    torch.backends.cudnn.allow_tf32 = PRECISION == "TF32"
     x = torch.from_numpy(pictures(shape)).permute(0, 3, 1, 2).contiguous(memory_format=layout)
+    x = x.to(DEVICE, dtype)
     model = build(gam_torch, work.model, shape[1])
-    model.to(memory_format=layout)
+    model.to(DEVICE, dtype, memory_format=layout)
+    wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     forward = torch.compile(model) if compiled else model
     if not work.training:
         model.eval()
 
         def answer() -> Any:
             with torch.inference_mode():
-                return forward(x)
+                y = forward(x)
+            wait()
+            return y
 
         return answer
     optimizer = torch.optim.SGD(model.parameters(), lr=RATE)
@@ -124,6 +136,7 @@ def torch(
         optimizer.zero_grad()
         (forward(x) ** 2).mean().backward()
         optimizer.step()
+        wait()
 
     return step
 
@@ -131,7 +144,10 @@ def torch(
 def run(role: str, work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:
     if role == "flax":
         return flax(work, shape)
-    return torch(work, shape, channels_last=role == "channels_last", compiled=role == "compile")
+    on_gpu = DEVICE == "cuda"  # where nothing but channels last is worth comparing
+    return torch(
+        work, shape, channels_last=on_gpu or role == "channels_last", compiled=role == "compile"
+    )
 
 
 def main() -> None:
