@@ -49,7 +49,7 @@ def _seconds(run: Callable[..., jax.Array], *args: jax.Array) -> float:
 def counted(work: Work, shape: tuple[int, int, int]) -> tuple[float, float]:
     """Operations and bytes of a GAM block, its elementwise part left out."""
     batch, channels, side = shape
-    model = build(gam_flax, work.model, channels, rngs=nnx.Rngs(0))
+    model = build(gam_flax, work, channels, rngs=nnx.Rngs(0))
     linear = 2 * channels * model.channel_attention.fc1.out_features
     if not work.training:
         model = gam_flax.optimize_for_inference(model, (batch, side, side, channels))

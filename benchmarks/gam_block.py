@@ -10,22 +10,23 @@ measured apart, one shape a process.
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import sys
 import tempfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from benchmarks import processes
-from benchmarks.gam_block_inside import WORKS
+from benchmarks.gam_block_inside import BLOCKS, WORKS, Work
 from benchmarks.gam_block_picture import draw
 from benchmarks.load_resnet50 import PACKAGES, ROOT, cpp_compiler, positive, surroundings
 from benchmarks.processes import Contestant
 
-TITLE = "A GAM block, Flax against torch"
 FLAX = "flax"
 TORCH = ("eager", "channels_last", "compile")
 
@@ -40,6 +41,28 @@ NOTES = (
     "run, would do the chosen algorithm, over the time taken; see floor.py.",
 )
 
+SPEED = ("speed", "speed", 1, "**{:.2f}**")
+TIMES = tuple((role, f"{role}, ms", 1e3, "{:.2f}") for role in (FLAX, *TORCH))
+COLUMNS = (
+    *TIMES,
+    SPEED,
+    ("first", "first call, s", 1, "{:.2f}"),
+    ("cached", "cached, s", 1, "{:.2f}"),
+    ("memory", "memory ÷ torch's", 1, "{:.2f}"),
+    ("possible", "of the possible", 100, "{:.0f} %"),
+)
+
+
+class Suite(NamedTuple):
+    """What one call measures: its works, the columns of the table, and what is to be known."""
+
+    title: str
+    works: Mapping[str, Work]
+    columns: Sequence[tuple[str, str, float, str]]
+    notes: Sequence[str]
+
+
+SUITE = Suite("A GAM block on a CPU, Flax against torch", BLOCKS, COLUMNS, NOTES)
 
 FLOORS = ("inference", "training", "grouped inference", "grouped training")
 """The works whose operations floor.py counts."""
@@ -65,6 +88,7 @@ def compared(record: dict[str, Any], alone: dict[str, Any], name: str) -> dict[s
     results = record["results"]
     row: dict[str, Any] = {"name": name}
     row |= {role: result[name]["median"] for role, result in results.items() if name in result}
+    row["images"] = int(name.partition(",")[0]) / row[FLAX]
     row["speed"] = min(row[role] for role in TORCH if role in row) / row[FLAX]
     return row | alone.get(name, {})
 
@@ -81,19 +105,13 @@ def by_work(kept: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     return rows
 
 
-COLUMNS = (
-    *((role, f"{role}, ms", 1e3, "{:.2f}") for role in (FLAX, *TORCH)),
-    ("speed", "speed", 1, "**{:.2f}**"),
-    ("first", "first call, s", 1, "{:.2f}"),
-    ("cached", "cached, s", 1, "{:.2f}"),
-    ("memory", "memory ÷ torch's", 1, "{:.2f}"),
-    ("possible", "of the possible", 100, "{:.0f} %"),
-)
-
-
-def markdown(kept: dict[str, Any]) -> str:
+def markdown(kept: dict[str, Any], suite: Suite = SUITE) -> str:
     first = next(iter(kept["records"].values()))
-    parts = [processes.heading({**first, "title": TITLE})]
+    parts = [
+        processes.heading(
+            {**first, "title": suite.title, "settings": {"threads": first["settings"]["threads"]}}
+        )
+    ]
     parts.append(
         f"Measured in the same run: {kept['floor']['products'] / 1e9:.0f} GFLOP/s of products, "
         f"{kept['floor']['memory'] / 1e9:.0f} GB/s of memory."
@@ -104,19 +122,25 @@ def markdown(kept: dict[str, Any]) -> str:
                 f"({row['name']})",
                 *(
                     shown.format(by * row[key]) if key in row else "–"
-                    for key, _, by, shown in COLUMNS
+                    for key, _, by, shown in suite.columns
                 ),
             ]
             for row in rows
         ]
         mean = statistics.geometric_mean([row["speed"] for row in rows])
-        heads = ["batch, channels, side", *(head for _, head, _, _ in COLUMNS)]
+        heads = ["batch, channels, side", *(head for _, head, _, _ in suite.columns)]
         title = f"## {work[:1].upper()}{work[1:]}: {mean:.2f} times as fast in the geometric mean"
-        parts += [title, processes.markdown_table(heads, cells)]
-    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in NOTES)])
+        parts += [title, _when(kept["records"][work]), processes.markdown_table(heads, cells)]
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in suite.notes)])
 
 
-def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
+def _when(record: Mapping[str, Any]) -> str:
+    rounds, load = record["settings"]["rounds"], record["machine"]["load_average"]
+    return f"{record['date']}, {rounds} rounds, load average before {load}."
+
+
+def measure(args: argparse.Namespace, suite: Suite, console: Console) -> dict[str, Any]:
+    """The records of the works that `args` names; what else is to be kept is not touched."""
     threads = processes.use_cores(args.threads)
     on = processes.machine()
     kept: dict[str, Any] = {"records": {}, "alone": {}, "floor": {}}
@@ -141,15 +165,27 @@ def measure(args: argparse.Namespace, console: Console) -> dict[str, Any]:
                 kept["alone"][work] = {name: alone(work, name, on_run) for name in shapes}
             runs = processes.take_turns(every, args.rounds, on_run=on_run)
             kept["records"][work] = processes.make_record(
-                f"{TITLE}: {work}",
+                f"{suite.title}: {work}",
                 runs,
                 on=on,
                 settings={"rounds": args.rounds, "threads": threads},
                 packages=PACKAGES,
                 contestants=every,
-                notes=NOTES,
+                notes=suite.notes,
             )
     return kept
+
+
+def with_older(out: Path, kept: dict[str, Any], suite: Suite) -> dict[str, Any]:
+    """The works that were not measured now stay as an earlier call wrote them."""
+    try:
+        older = json.loads(out.with_name(out.name + ".json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return kept
+    joined = {part: {**older[part], **kept[part]} for part in kept}
+    for part in ("records", "alone"):
+        joined[part] = {work: joined[part][work] for work in suite.works if work in joined[part]}
+    return joined
 
 
 def alone(work: str, name: str, on_run: Any) -> dict[str, float]:
@@ -168,12 +204,18 @@ def alone(work: str, name: str, on_run: Any) -> dict[str, float]:
     }
 
 
-@processes.ends_in_a_line
-def main() -> int:
-    parser = argparse.ArgumentParser(description="A GAM block, Flax against torch.")
+def run(suite: Suite, name: str) -> int:
+    """Measures, and writes results/`name`.json, .md and .png."""
+    parser = argparse.ArgumentParser(description=suite.title)
     parser.add_argument("--rounds", type=positive, default=7)
     parser.add_argument("--threads", type=positive, default=2, help="cores for each framework")
-    parser.add_argument("--works", nargs="+", choices=list(WORKS), default=list(WORKS))
+    parser.add_argument(
+        "--works",
+        nargs="+",
+        choices=list(suite.works),
+        default=list(suite.works),
+        help="the results of the others stay as they are",
+    )
     parser.add_argument(
         "--alone",
         action=argparse.BooleanOptionalAction,
@@ -183,22 +225,27 @@ def main() -> int:
     parser.add_argument(
         "--out",
         type=Path,
-        default=ROOT / "benchmarks" / "results" / "gam_block",
+        default=ROOT / "benchmarks" / "results" / name,
         help="where the results go; .json, .md and .png are added",
     )
     args = parser.parse_args()
     console = Console()
-    kept = measure(args, console)
-    text = markdown(kept)
+    kept = with_older(args.out, measure(args, suite, console), suite)
+    text = markdown(kept, suite)
     picture = args.out.with_name(args.out.name + ".png")
     written = (*processes.write(args.out, kept, text), picture)
     on = next(iter(kept["records"].values()))
     said = f"{on['date']}, {on['machine']['processor']}, {on['machine']['cores_in_use']} cores"
-    draw(by_work(kept), picture, said=said)
+    draw(by_work(kept), picture, said=f"{suite.title}\n{said}")
     print(text)
     for path in written:
         console.print(f"Written     {path}", soft_wrap=True)
     return 0
+
+
+@processes.ends_in_a_line
+def main() -> int:
+    return run(SUITE, "gam_block")
 
 
 if __name__ == "__main__":

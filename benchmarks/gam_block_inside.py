@@ -1,4 +1,4 @@
-"""The processes that gam_block.py measures: one framework, one kind of work, all its shapes.
+"""The processes that gam_block.py and yolov5.py measure: one framework, one work, all its shapes.
 
 python -m benchmarks.gam_block_inside flax|eager|channels_last|compile WORK CACHE SHAPE...
 
@@ -26,7 +26,7 @@ PRECISION = os.environ.get("GAM_PRECISION", "float32")
 
 
 class Work(NamedTuple):
-    """model: a variant of GAM, or a network of `create_model` with GAM (r = 16) in its blocks.
+    """model: a variant of GAM, or a network of `create_model`, which takes `arguments`.
     shapes: BATCH,CHANNELS,SIDE. calls: the median of so many counts. options: of
     `optimize_for_inference`."""
 
@@ -35,24 +35,40 @@ class Work(NamedTuple):
     shapes: tuple[str, ...]
     calls: int = 7
     options: Mapping[str, Any] = {}
+    arguments: Mapping[str, Any] = {}
 
 
 INFERENCE = (
     *("8,256,28", "8,512,14", "32,512,7", "16,1024,14"),
     *("1,256,28", "1,512,14", "1,64,56", "8,64,56"),
 )
+PAPER = {"attention": "gam", "attention_options": {"ratio": 16}}
 TRAINING = ("32,64,56", "32,256,28", "32,512,14", "64,512,7")
-WORKS = {
+BLOCKS = {
     "inference": Work("reference", False, INFERENCE),
     "training": Work("reference", True, TRAINING),
     "grouped inference": Work("grouped", False, INFERENCE),
     "grouped training": Work("grouped", True, TRAINING),
-    "ResNet-50 with GAM, inference": Work("resnet50", False, ("8,3,224",), 3),
+    "ResNet-50 with GAM, inference": Work("resnet50", False, ("8,3,224",), 3, arguments=PAPER),
     "ResNet-50 with GAM, inference, all the memory": Work(
-        "resnet50", False, ("8,3,224",), 3, {"memory": math.inf}
+        "resnet50", False, ("8,3,224",), 3, {"memory": math.inf}, PAPER
     ),
-    "ResNet-50 with GAM, training": Work("resnet50", True, ("8,3,224",), 3),
+    "ResNet-50 with GAM, training": Work("resnet50", True, ("8,3,224",), 3, arguments=PAPER),
 }
+DETECTION = ("1,3,320", "8,3,320", "1,3,640", "8,3,640")
+DETECTORS = {
+    f"YOLO{name[4:]} with GAM, {variant}": Work(
+        name,
+        False,
+        DETECTION,
+        3,
+        {},
+        {"attention": "gam", "attention_options": {"variant": variant}},
+    )
+    for name in ("yolov5n", "yolov5s")
+    for variant in ("reference", "grouped")
+}
+WORKS = BLOCKS | DETECTORS
 
 
 def pictures(shape: tuple[int, int, int]) -> Any:
@@ -62,13 +78,12 @@ def pictures(shape: tuple[int, int, int]) -> Any:
     return np.random.default_rng(0).standard_normal((batch, side, side, channels), np.float32)
 
 
-def build(package: Any, name: str, channels: int, **how: Any) -> Any:
+def build(package: Any, work: Work, channels: int, **how: Any) -> Any:
     """The same model of either package."""
-    if name in package.list_models():
-        options = {"ratio": 16}
-        return package.create_model(name, attention="gam", attention_options=options, **how)
+    if work.model in package.list_models():
+        return package.create_model(work.model, **work.arguments, **how)
     kernel_size = int(os.environ.get("GAM_KERNEL_SIZE", "7"))
-    return package.GAM.from_variant(name, channels, kernel_size=kernel_size, **how)
+    return package.GAM.from_variant(work.model, channels, kernel_size=kernel_size, **how)
 
 
 def flax(work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:
@@ -81,7 +96,7 @@ def flax(work: Work, shape: tuple[int, int, int]) -> Callable[[], Any]:
 
     dtype = jnp.bfloat16 if PRECISION == "bfloat16" else jnp.float32
     x = jnp.asarray(pictures(shape), dtype)
-    model = build(gam_flax, work.model, shape[1], dtype=dtype, rngs=nnx.Rngs(0))
+    model = build(gam_flax, work, shape[1], dtype=dtype, rngs=nnx.Rngs(0))
     if not work.training:
         model.eval()
         fast = gam_flax.optimize_for_inference(model, x.shape, **work.options)
@@ -116,7 +131,7 @@ def torch(
     torch.backends.cudnn.allow_tf32 = PRECISION == "TF32"
     x = torch.from_numpy(pictures(shape)).permute(0, 3, 1, 2).contiguous(memory_format=layout)
     x = x.to(DEVICE, dtype)
-    model = build(gam_torch, work.model, shape[1])
+    model = build(gam_torch, work, shape[1])
     model.to(DEVICE, dtype, memory_format=layout)
     wait = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
     forward = torch.compile(model) if compiled else model

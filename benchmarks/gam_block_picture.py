@@ -48,7 +48,7 @@ def draw(rows: Mapping[str, list[dict[str, Any]]], path: Path, *, said: str) -> 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
-    figure.suptitle(f"A GAM block on a CPU: Flax against PyTorch\n{said}", fontsize=10)
+    figure.suptitle(said, fontsize=10)
     figure.savefig(path, dpi=130)
 
 

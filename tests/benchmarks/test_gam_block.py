@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 
 from benchmarks import convolution_model, floor, gam_block, growth
@@ -20,7 +22,12 @@ def kept():
     }
     machine = {"processor": "P", "cores": 2, "cores_in_use": 2, "memory_gb": 1.0}
     machine |= {"system": "S", "load_average": 0.0}
-    record = {"date": "2026-01-01", "machine": machine, "settings": {}, "versions": {}}
+    record = {
+        "date": "2026-01-01",
+        "machine": machine,
+        "settings": {"rounds": 1, "threads": 2},
+        "versions": {},
+    }
     return {
         "records": {"training": {**record, "results": results}},
         "alone": {"training": {SHAPES[0]: {"first": 2.0, "cached": 1.0, "memory": 1.5}}},
@@ -44,6 +51,15 @@ def test_the_table_and_the_picture(kept, tmp_path):
     assert cells == [*times, "**2.00**", "2.00", "1.00", "1.50", "20 %"]
     draw(gam_block.by_work(kept), tmp_path / "p.png", said="made up")
     assert (tmp_path / "p.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_works_that_were_not_measured_again_stay(kept, tmp_path):
+    (tmp_path / "r.json").write_text(json.dumps(kept))
+    new = {"records": {"inference": {}}, "alone": {}, "floor": {"products": 5e11}}
+    joined = gam_block.with_older(tmp_path / "r", new, gam_block.SUITE)
+    assert list(joined["records"]) == ["inference", "training"]
+    assert joined["floor"] == {**kept["floor"], "products": 5e11}
+    assert gam_block.with_older(tmp_path / "none", new, gam_block.SUITE) == new
 
 
 def test_operations_of_a_block():
