@@ -13,8 +13,9 @@ from jaxtyping import Array
 
 from gam_flax.ops.convolution.fourier import Padding, Tiling, cut
 
-SLAB = 20e6
-"""Bytes of a kernel's spectrum at a time: what stays in a cache while it is used."""
+SLAB = 15e6
+"""Bytes of the spectra that a step makes, of pictures, kernel and products: what stays in a cache
+while it is used. Half of it and twice as much were measured to be slower."""
 
 NEAR = 16e6
 """Bytes of what a step makes for the next. More of it leaves the caches, and what glibc keeps for
@@ -238,12 +239,20 @@ def tilings(
         if max(some) > LONGEST and not periods:
             continue
         half = some[0] // 2 + 1
-        row = some[1] * 2 * shape.channels * shape.outputs // shape.groups * shape.bytes
-        rows = half if prepared else min(half, max(1, int(SLAB // row)))
-        rows = -(-half // -(-half // rows))  # as many steps, evenly filled
-        images = {0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)}
-        found += [Tiling(some, rows, few) for few in sorted(images)]
+        for images in (0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)):
+            rows = half if prepared else _rows_at_a_time(shape, Tiling(some, half, images))
+            found.append(Tiling(some, rows, images))
     return found
+
+
+def _rows_at_a_time(shape: Shape, tiling: Tiling) -> int:
+    """As many rows of frequencies as fit into `SLAB`, or a few less that fill the steps evenly."""
+    high, wide = _cuts(shape, tiling.periods)
+    tiles = high.count * wide.count * (tiling.images or shape.batch)
+    pairs = shape.channels * shape.outputs // shape.groups
+    row = tiling.periods[1] * 2 * (pairs + tiles * (shape.channels + 2 * shape.outputs))
+    rows = min(tiling.rows, max(1, int(SLAB // (row * shape.bytes))))
+    return -(-tiling.rows // -(-tiling.rows // rows))
 
 
 def _period(shape: Shape, axis: int, count: int) -> int:

@@ -203,10 +203,12 @@ def _rows(rows: Array, spectrum: Array, second: np.ndarray, back: np.ndarray) ->
     # Real and imaginary parts are more rows: one product a frequency and group, not four.
     x = x.reshape(high, wide, 2 * tiles, groups, -1)
     z = jnp.einsum("fgtnc,fngco->fngto", x, spectrum)
+    z = jax.lax.optimization_barrier(z)
     z = z.reshape(high, groups, wide, 2, tiles, 2, -1)
-    real = z[..., 0, :, 0, :] - z[..., 1, :, 1, :]
-    imaginary = z[..., 0, :, 1, :] + z[..., 1, :, 0, :]
-    y = jnp.stack([real, imaginary], 3).transpose(0, 2, 3, 4, 1, 5)
+    # Split, not sliced: going backward each part would be padded to all of z, and these added.
+    upper, lower = jax.lax.split(z, (1, 1), 3)
+    (a, b), (c, d) = (jax.lax.split(part, (1, 1), 5) for part in (upper, lower))
+    y = jnp.concatenate([a - d, b + c], 3)[..., 0, :].transpose(0, 2, 3, 4, 1, 5)
     y = y.reshape(*y.shape[:4], -1)
     return jnp.einsum("fqwgp,fgpto->fqwto", _a_row(back, rows), y)
 
