@@ -18,6 +18,7 @@ from .maps import attention_maps as attention_maps
 from .maps import draw_attention_maps as draw_attention_maps
 from .models import MobileNetV2 as MobileNetV2
 from .models import ResNet as ResNet
+from .models import YOLOv5 as YOLOv5
 from .models import create_model as create_model
 from .models import list_models as list_models
 from .models import summarize as summarize

@@ -9,6 +9,7 @@ from .attention import list_attentions as list_attentions
 from .attention import start_as_identity as start_as_identity
 from .models import MobileNetV2 as MobileNetV2
 from .models import ResNet as ResNet
+from .models import YOLOv5 as YOLOv5
 from .models import create_model as create_model
 from .models import list_models as list_models
 from .models import summarize as summarize

@@ -30,6 +30,7 @@ BUILDERS = (
     "ResNet",
     "SpatialAttention",
     "SqueezeExcitation",
+    "YOLOv5",
     "create_attention",
     "create_model",
 )
@@ -216,6 +217,8 @@ def _plain(value: Any) -> Any:
     """An argument as JSON has it: a dtype by its name, a frozen mapping as a dict."""
     if isinstance(value, Mapping):
         return {key: _plain(inner) for key, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_plain(inner) for inner in value]
     if isinstance(value, type) or hasattr(value, "itemsize"):
         return np.dtype(value).name
     return value

@@ -5,3 +5,4 @@ from .resnet import ResNet as ResNet
 from .summary import LayerSummary as LayerSummary
 from .summary import Summary as Summary
 from .summary import summarize as summarize
+from .yolov5 import YOLOv5 as YOLOv5

@@ -11,6 +11,8 @@ from gam_torch.attention.common import check_choice
 from gam_torch.models.common import Attention
 from gam_torch.models.mobilenet_v2 import MobileNetV2
 from gam_torch.models.resnet import ResNet
+from gam_torch.models.yolov5 import YOLOv5
+from gam_torch.models.yolov5_config import YOLOV5_MULTIPLES
 
 _CIFAR = {"widths": (16, 32, 64), "stem": "cifar"}
 _CIFAR_PAD = {"shortcut": "pad", **_CIFAR}
@@ -37,6 +39,7 @@ MODELS: dict[str, tuple[Callable[..., nn.Module], dict[str, Any]]] = {
             "attention_options": _GROUPED,
         },
     ),
+    **{name: (YOLOv5, {"config": name}) for name in YOLOV5_MULTIPLES},
 }
 """Name → class and the arguments that make it. The paper's ImageNet ResNet-50 has grouped
 convolutions and a channel shuffle in its GAM; it does not say how many groups, code has four."""
@@ -48,7 +51,7 @@ def list_models() -> list[str]:
 
 
 def create_model(
-    name: str, *, attention: Attention = None, num_classes: int = 1000, **kwargs: Any
+    name: str, *, attention: Attention = None, num_classes: int | None = None, **kwargs: Any
 ) -> nn.Module:
     """Builds a network by name.
 
@@ -56,7 +59,8 @@ def create_model(
         name: one of `list_models()`.
         attention: a name of `list_attentions()`, a factory called with the channels, or None for
             what the name says.
-        num_classes: outputs of the last layer.
+        num_classes: outputs of the last layer, or classes of a detector; None for the network's
+            own: 1000, YOLOv5's 80.
         **kwargs: the network's own arguments, see its class.
 
     Raises:
@@ -64,5 +68,6 @@ def create_model(
     """
     check_choice("name", name, list_models())
     make, preset = MODELS[name]
-    chosen = {} if attention is None else {"attention": attention}
-    return make(num_classes=num_classes, **{**preset, **chosen, **kwargs})
+    chosen = {"attention": attention, "num_classes": num_classes}
+    chosen = {argument: value for argument, value in chosen.items() if value is not None}
+    return make(**{**preset, **chosen, **kwargs})
