@@ -113,10 +113,10 @@ class Cost(NamedTuple):
     far: float
 
 
-PLAIN_FORWARD = PlainCost(5.16e-12, 5.13e-11, 9.17e-11, 2.23e-11, 1.84e-10, 3.69e-10)
-PLAIN = PlainCost(1.22e-11, 7.7e-11, 2.4e-10, 6.25e-11, 1.53e-9, 2.34e-9)
-FOURIER = Cost(7.46e-12, 1.63e-11, 2.52e-9, 4.84e-10, 5.89e-5, 1.54e-9)
-PREPARED = Cost(1.37e-11, 7.38e-12, 5.19e-11, 1.6e-10, 5.52e-6, 3.79e-10)
+PLAIN_FORWARD = PlainCost(5.05e-12, 4.94e-11, 9e-11, 1.88e-11, 2.42e-10, 4.35e-10)
+PLAIN = PlainCost(1.15e-11, 6.94e-11, 2.69e-10, 5.57e-11, 1.91e-9, 1.81e-9)
+FOURIER = Cost(9.78e-12, 1.89e-11, 2.42e-9, 7.6e-10, 6.38e-6, 1.36e-9)
+PREPARED = Cost(1.26e-11, 6.61e-12, 5.89e-11, 1.82e-10, 6e-6, 4.16e-10)
 """Seconds for each of what is counted: forward and backward, but for PLAIN_FORWARD and PREPARED,
 which are forward alone. `python -m benchmarks.convolution_model` measured and fitted them, from
 random convolutions on two cores of an AMD EPYC 9005 with jax 0.10.2; only their ratios matter."""
