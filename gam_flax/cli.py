@@ -233,10 +233,12 @@ def summary(
     stem: Annotated[
         str | None, typer.Option(help="imagenet or cifar; default: the network's own.")
     ] = None,
-    classes: Annotated[int, typer.Option(min=1)] = 1000,
+    classes: Annotated[
+        int | None, typer.Option(min=1, help="Default: the network's own, 1000 or YOLOv5's 80.")
+    ] = None,
     side: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels of the picture's side; default: 32 for cifar, else 224."),
+        typer.Option(min=1, help="Pixels of its side; default: cifar 32, YOLOv5 640, else 224."),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -83,8 +83,10 @@ def normalized(
 
 
 def usual_side(model: Any) -> int:
-    """Pixels of the side of the pictures that a network is mostly given: 32 with the "cifar"
-    stem, else 224."""
+    """Pixels of the side of the pictures that a network is mostly given: 640 for a detector, 32
+    with the "cifar" stem, else 224."""
+    if hasattr(model, "decode"):
+        return 640
     return 32 if getattr(model, "stem", None) == "cifar" else 224
 
 

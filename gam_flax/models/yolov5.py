@@ -20,7 +20,6 @@ from jaxtyping import Array, Float
 
 from gam_flax.attention.common import check_choice
 from gam_flax.attention.registry import create_attention, list_attentions
-from gam_flax.models.common import check_classes
 from gam_flax.models.yolov5_config import LayerPlan, insert_attention, plan, read_config
 from gam_flax.ops.batch_norm import BatchNorm
 from gam_flax.ops.conv import conv2d, max_pool2d
@@ -265,8 +264,8 @@ class YOLOv5(nnx.Module):
         in_channels: channels of the picture.
         num_classes: K; None for what `config` says.
         attention: a name of `list_attentions()`: puts a block of it into the configuration.
-        attention_options: arguments of each block whose line has none of its own. GAM is the
-            grouped one that YOLO forks use but for these.
+        attention_options: arguments of each block whose line has none of its own. But for what
+            these or the line say, GAM is "grouped", as YOLO forks have it, and norms are as below.
         attention_at: the layers before which these blocks stand; None for SPPF.
         norm_eps: of every norm, attention's too; 1e-3 as in YOLOv5.
         norm_momentum: of every norm: the weight of the new value.
@@ -301,7 +300,8 @@ class YOLOv5(nnx.Module):
     ):
         read = read_config(config)
         if num_classes is not None:
-            check_classes(num_classes - 1)
+            if num_classes < 1:
+                raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
             read["nc"] = num_classes
         if attention is not None:
             check_choice("attention", attention, list_attentions())
@@ -323,8 +323,8 @@ class YOLOv5(nnx.Module):
         strides = [layers[j].stride for j in self.sources[-1]]
         self.model = Sequential([self._built(layer, strides, types) for layer in layers])
         for _, module in nnx.iter_modules(self):
-            if isinstance(module, BatchNorm):
-                module.eps, module.momentum = norm_eps, norm_momentum
+            if isinstance(module, Conv):
+                module.bn.eps, module.bn.momentum = norm_eps, norm_momentum
 
     def _built(self, layer: LayerPlan, strides: Sequence[int], types: dict[str, Any]) -> nnx.Module:
         try:
@@ -333,7 +333,7 @@ class YOLOv5(nnx.Module):
             if layer.kind in list_attentions():
                 return self._attention(layer, types)
             make = MODULES[layer.kind]
-            if layer.kind in ("Upsample", "Concat"):
+            if layer.kind in ("nn.Upsample", "Concat"):
                 return make()
             channels = (layer.in_channels[0], layer.out_channels)
             if layer.kind == "C3":
@@ -344,8 +344,10 @@ class YOLOv5(nnx.Module):
             raise ValueError(f"layer {layer.index}, {layer.kind}: {error}") from error
 
     def _attention(self, layer: LayerPlan, types: dict[str, Any]) -> nnx.Module:
-        usual = {"variant": "grouped"} if layer.kind == "gam" else {}
-        options = dict(layer.arguments) or self.attention_options or usual
+        usual: dict[str, Any] = {"variant": "grouped"} if layer.kind == "gam" else {}
+        if layer.kind != "se":  # which has no norm
+            usual |= {"norm_eps": self.norm_eps, "norm_momentum": self.norm_momentum}
+        options = {**usual, **(layer.arguments or self.attention_options)}
         return create_attention(layer.kind, layer.in_channels[0], **options, **types)
 
     @property
@@ -359,7 +361,7 @@ class YOLOv5(nnx.Module):
         return self.detect.strides
 
     def __call__(self, x: Float[Array, "B H W C"]) -> tuple[Array, ...]:
-        kept = [x]
+        kept: list[Any] = [x]
         for layer, sources in zip(self.model, self.sources, strict=True):
             inputs = [kept[j + 1] for j in sources]
             if isinstance(layer, Concat | Detect):
@@ -381,5 +383,7 @@ def _hashable(value: Any) -> Any:
 
 
 MODULES: dict[str, Any] = {
-    made.__name__: made for made in (Conv, Bottleneck, C3, SPP, SPPF, Focus, Upsample, Concat)
+    "nn.Upsample": Upsample,
+    **{made.__name__: made for made in (Conv, Bottleneck, C3, SPP, SPPF, Focus, Concat)},
 }
+"""`LayerPlan.kind` → class, of what is built from channels and arguments alone."""

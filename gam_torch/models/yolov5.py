@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from gam_torch.attention.common import check_choice
 from gam_torch.attention.registry import create_attention, list_attentions
-from gam_torch.models.common import check_classes
 from gam_torch.models.yolov5_config import LayerPlan, insert_attention, plan, read_config
 
 BOX = 5
@@ -176,6 +175,8 @@ class Detect(nn.Module):
     Shapes: L times (B, C, h, w) → L times (B, A, h, w, 5 + K), not yet squashed.
     """
 
+    anchors: Tensor
+
     def __init__(
         self,
         in_channels: Sequence[int],
@@ -193,8 +194,9 @@ class Detect(nn.Module):
         sizes = sizes.reshape(len(anchors), -1, 2)
         self.register_buffer("anchors", sizes / torch.tensor(strides)[:, None, None])
         width = sizes.shape[1] * (BOX + num_classes)
-        self.m = nn.ModuleList(nn.Conv2d(channels, width, 1) for channels in in_channels)
-        for layer, stride in zip(self.m, strides, strict=True):
+        convs: list[Any] = [nn.Conv2d(channels, width, 1) for channels in in_channels]
+        self.m = nn.ModuleList(convs)
+        for layer, stride in zip(convs, strides, strict=True):
             layer.bias = nn.Parameter(self._expecting_few(layer.bias.detach(), stride))
 
     def _expecting_few(self, bias: Tensor, stride: int) -> Tensor:
@@ -239,8 +241,8 @@ class YOLOv5(nn.Module):
         in_channels: channels of the picture.
         num_classes: K; None for what `config` says.
         attention: a name of `list_attentions()`: puts a block of it into the configuration.
-        attention_options: arguments of each block whose line has none of its own. GAM is the
-            grouped one that YOLO forks use but for these.
+        attention_options: arguments of each block whose line has none of its own. But for what
+            these or the line say, GAM is "grouped", as YOLO forks have it, and norms are as below.
         attention_at: the layers before which these blocks stand; None for SPPF.
         norm_eps: of every norm, attention's too; 1e-3 as in YOLOv5.
         norm_momentum: of every norm: the weight of the new value.
@@ -267,7 +269,8 @@ class YOLOv5(nn.Module):
         super().__init__()
         read = read_config(config)
         if num_classes is not None:
-            check_classes(num_classes - 1)
+            if num_classes < 1:
+                raise ValueError(f"num_classes must be 1 or more, got {num_classes}")
             read["nc"] = num_classes
         if attention is not None:
             check_choice("attention", attention, list_attentions())
@@ -285,8 +288,8 @@ class YOLOv5(nn.Module):
         strides = [layers[j].stride for j in self.sources[-1]]
         self.model = nn.Sequential(*(self._built(layer, strides) for layer in layers))
         for module in self.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.eps, module.momentum = norm_eps, norm_momentum
+            if isinstance(module, Conv):
+                module.bn.eps, module.bn.momentum = norm_eps, norm_momentum
 
     def _built(self, layer: LayerPlan, strides: Sequence[int]) -> nn.Module:
         try:
@@ -295,7 +298,7 @@ class YOLOv5(nn.Module):
             if layer.kind in list_attentions():
                 return self._attention(layer)
             make = MODULES[layer.kind]
-            if layer.kind in ("Upsample", "Concat"):
+            if layer.kind in ("nn.Upsample", "Concat"):
                 return make()
             channels = (layer.in_channels[0], layer.out_channels)
             if layer.kind == "C3":
@@ -306,14 +309,16 @@ class YOLOv5(nn.Module):
             raise ValueError(f"layer {layer.index}, {layer.kind}: {error}") from error
 
     def _attention(self, layer: LayerPlan) -> nn.Module:
-        usual = {"variant": "grouped"} if layer.kind == "gam" else {}
-        options = dict(layer.arguments) or self.attention_options or usual
+        usual: dict[str, Any] = {"variant": "grouped"} if layer.kind == "gam" else {}
+        if layer.kind != "se":  # which has no norm
+            usual |= {"norm_eps": self.norm_eps, "norm_momentum": self.norm_momentum}
+        options = {**usual, **(layer.arguments or self.attention_options)}
         return create_attention(layer.kind, layer.in_channels[0], **options)
 
     @property
     def detect(self) -> Detect:
         """The last layer."""
-        return self.model[-1]
+        return cast(Detect, self.model[-1])
 
     @property
     def strides(self) -> tuple[int, ...]:
@@ -321,7 +326,7 @@ class YOLOv5(nn.Module):
         return self.detect.strides
 
     def forward(self, x: Float[Tensor, "B C H W"]) -> tuple[Tensor, ...]:
-        kept = [x]
+        kept: list[Any] = [x]
         for layer, sources in zip(self.model, self.sources, strict=True):
             inputs = [kept[j + 1] for j in sources]
             several = isinstance(layer, Concat | Detect)
@@ -334,5 +339,7 @@ class YOLOv5(nn.Module):
 
 
 MODULES: dict[str, Any] = {
-    made.__name__: made for made in (Conv, Bottleneck, C3, SPP, SPPF, Focus, Upsample, Concat)
+    "nn.Upsample": Upsample,
+    **{made.__name__: made for made in (Conv, Bottleneck, C3, SPP, SPPF, Focus, Concat)},
 }
+"""`LayerPlan.kind` → class, of what is built from channels and arguments alone."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -77,7 +77,7 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
     "C3": ("shortcut", "groups", "expansion"),
     "SPP": ("kernel_sizes",),
     "SPPF": ("kernel_size",),
-    "Upsample": ("size", "scale", "mode"),
+    "nn.Upsample": ("size", "scale", "mode"),
     "Concat": ("axis",),
     "Detect": ("num_classes", "anchors"),
 }
@@ -126,6 +126,7 @@ def read_config(config: str | os.PathLike | Mapping[str, Any]) -> dict[str, Any]
         ValueError: it cannot be read, or an entry is missing or not what it should be.
     """
     where = "the configuration" if isinstance(config, Mapping) else str(config)
+    found: dict[str, Any]
     if isinstance(config, Mapping):
         found = dict(config)
     elif config in YOLOV5_MULTIPLES:
@@ -205,7 +206,7 @@ def lines_of(config: Mapping[str, Any]) -> list[list[Any]]:
 def kind_of(line: Sequence[Any]) -> str:
     """The kind of a line as `LayerPlan` names it."""
     name = str(line[2]).rpartition(".")[2]
-    return ATTENTIONS.get(name, name)
+    return "nn.Upsample" if name == "Upsample" else ATTENTIONS.get(name, name)
 
 
 def is_attention(line: Sequence[Any]) -> bool:
@@ -301,28 +302,28 @@ def _layer(
     sources = tuple(_source(j, index) for j in (origin if _is_list(origin) else [origin]))
     channels = tuple(in_channels if j < 0 else before[j].out_channels for j in sources)
     strides = [1 if j < 0 else before[j].stride for j in sources]
-    module = kind_of(line)
-    if module not in (*ARGUMENTS, *ATTENTIONS.values()):
+    kind = kind_of(line)
+    if kind not in (*ARGUMENTS, *ATTENTIONS.values()):
         known = ", ".join((*ARGUMENTS, *ATTENTIONS))
         raise ValueError(f"{line[2]!r} is not a module known here: {known}")
-    if len(sources) > 1 and module not in ("Concat", "Detect"):
-        raise ValueError(f"{module} takes one input, got {len(sources)}")
-    if module != "Detect" and len(set(strides)) > 1:
+    if len(sources) > 1 and kind not in ("Concat", "Detect"):
+        raise ValueError(f"{kind} takes one input, got {len(sources)}")
+    if kind != "Detect" and len(set(strides)) > 1:
         raise ValueError(f"its inputs have strides {strides}, expected the same")
     words = {"None": None, "nc": config["nc"], "anchors": config["anchors"]}
     values = [words.get(v, v) if isinstance(v, str) else v for v in _as_list(written)]
     repeats = max(round(number * config["depth_multiple"]), 1) if number > 1 else number
-    out = sum(channels) if module == "Concat" else channels[0]
-    if module in SCALED:
+    out = sum(channels) if kind == "Concat" else channels[0]
+    if kind in SCALED:
         if not values or not _is_number(values[0]):
-            raise ValueError(f"{module} wants the output's channels first")
+            raise ValueError(f"{kind} wants the output's channels first")
         out = scaled(values.pop(0), config["width_multiple"])
-    if module in ATTENTIONS.values():
-        arguments = _options(index, module, values, channels[0], config, notices)
+    if kind in ATTENTIONS.values():
+        arguments = _options(index, kind, values, channels[0], config, notices)
     else:
-        arguments = _named(module, values)
-    stride = _stride(module, arguments, strides[0])
-    return LayerPlan(index, sources, module, channels, out, repeats, arguments, stride)
+        arguments = _named(kind, values)
+    stride = _stride(kind, arguments, strides[0])
+    return LayerPlan(index, sources, kind, channels, out, repeats, arguments, stride)
 
 
 def _as_list(written: Any) -> list[Any]:
@@ -343,17 +344,17 @@ def scaled(channels: float, width: float) -> int:
     return math.ceil(channels * width / 8) * 8
 
 
-def _named(module: str, values: Sequence[Any]) -> dict[str, Any]:
-    names = ARGUMENTS[module]
+def _named(kind: str, values: Sequence[Any]) -> dict[str, Any]:
+    names = ARGUMENTS[kind]
     if len(values) > len(names):
-        raise ValueError(f"{module} has no argument {values[len(names)]!r}")
+        raise ValueError(f"{kind} has no argument {values[len(names)]!r}")
     named = dict(zip(names, values, strict=False))
-    if module == "Upsample":
+    if kind == "nn.Upsample":
         scale = named.get("scale")
         if named.get("size") is not None or named.get("mode") != "nearest" or scale != 2:
             raise ValueError(f"Upsample {list(values)}: only [None, 2, nearest] is supported")
         return {}
-    if module == "Concat":
+    if kind == "Concat":
         if named.get("axis", 1) != 1:
             raise ValueError(f"Concat of axis {named['axis']}: only channels, 1, are supported")
         return {}
@@ -388,20 +389,15 @@ def _options(
     if ignored:
         said = ", ".join(map(str, ignored))
         notices.append(
-            f"layer {index}: {said} ignored; options of {module} are a mapping at the end, such "
+            f"layer {index}: {said} ignored; options of {kind} are a mapping at the end, such "
             "as {ratio: 4}"
         )
     return options
 
 
-def _stride(module: str, arguments: Mapping[str, Any], stride: int) -> int:
-    if module == "Upsample":
+def _stride(kind: str, arguments: Mapping[str, Any], stride: int) -> int:
+    if kind == "nn.Upsample":
         if stride % 2:
             raise ValueError("Upsample of an input as large as the picture")
         return stride // 2
-    return stride * arguments.get("stride", 1) * (2 if module == "Focus" else 1)
-
-
-def attention_lines(config: Mapping[str, Any]) -> Iterator[tuple[int, list[Any]]]:
-    """(index, line) of each attention block."""
-    return ((i, line) for i, line in enumerate(lines_of(config)) if is_attention(line))
+    return stride * arguments.get("stride", 1) * (2 if kind == "Focus" else 1)
