@@ -131,6 +131,8 @@ def test_norms_have_yolos_eps():
     assert {(m.eps, m.momentum) for m in norms} == {(1e-3, 0.03)}
     ours_too = [m for _, m in nnx.iter_modules(ours) if hasattr(m, "eps")]
     assert {(m.eps, m.momentum) for m in ours_too} == {(1e-3, 0.03)} and len(ours_too) == len(norms)
+    asked = gam_torch.YOLOv5(SMALL, attention="gam", attention_options={"norm_eps": 1e-5})
+    assert asked.model[3].spatial_attention.norm1.eps == 1e-5 and asked.model[2].cv1.bn.eps == 1e-3
 
 
 def test_saved_and_loaded(tmp_path):
@@ -198,6 +200,16 @@ def test_other_attention_at_any_index(line, module):
     assert compare(theirs, ours, pictures(32), gradients=False).ok
 
 
+def test_options_of_a_line_change_the_grouped_gam():
+    """Those of the line alone where it has some, else the model's."""
+    asked = {"attention_options": {"ratio": 2}}
+    for line, ratio, groups in (([], 2, 2), ([{"groups": 1}], 4, 1)):
+        model = gam_torch.YOLOv5(with_layers(3, [-1, 1, "GAM", line]), **asked)
+        gam = model.model[3]
+        assert (gam.ratio, gam.groups, gam.shuffle) == (ratio, groups, "gate")
+        assert gam.spatial_attention.conv1.groups == groups
+
+
 def test_arguments_that_forks_ignore():
     model = gam_torch.YOLOv5(with_layers(3, [-1, 1, "GAM_Attention", [64, 64, True, 16]]))
     assert len(model.notices) == 1
@@ -255,6 +267,25 @@ def test_a_users_own_yaml(tmp_path):
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump(SMALL))
     assert gam_torch.YOLOv5(path).config == read_config(SMALL)
+
+
+def test_classes():
+    for classes in (0, -1):
+        with pytest.raises(ValueError, match=f"num_classes must be 1 or more, got {classes}"):
+            gam_torch.YOLOv5(SMALL, num_classes=classes)
+    model = gam_torch.create_model("yolov5n", attention="gam", num_classes=3)
+    assert (model.num_classes, model.config["nc"], model.detect.m[0].out_channels) == (3, 3, 24)
+    assert model.strides == (8, 16, 32)
+    with pytest.raises(ValueError, match="attention must be one of"):
+        gam_torch.YOLOv5(SMALL, attention="colour")
+
+
+def test_its_summary():
+    model = nnx.eval_shape(lambda: gam_flax.create_model("yolov5n", rngs=nnx.Rngs(0)))
+    counted = gam_flax.summarize(model, (1, 640, 640, 3))
+    assert counted.parameters == 1_872_157
+    assert round(2 * counted.multiply_adds / 1e9, 1) == 4.5  # "FLOPs" as its README has them
+    assert gam_flax.preprocess.usual_side(model) == 640
 
 
 def test_attention_inserted_shifts_what_follows():
