@@ -244,6 +244,7 @@ class Detect(nnx.Module):
         """
         found = []
         for y, anchors, stride in zip(outputs, self.anchors[...], self.strides, strict=True):
+            y = y.astype(jnp.promote_types(y.dtype, jnp.float32))  # half has no 1/8 pixel at 300
             high, wide = y.shape[2:4]
             rows, columns = jnp.meshgrid(jnp.arange(high), jnp.arange(wide), indexing="ij")
             cells = jnp.stack([columns, rows], -1).astype(y.dtype) - 0.5

@@ -222,6 +222,7 @@ class Detect(nn.Module):
         """
         found = []
         for y, anchors, stride in zip(outputs, self.anchors, self.strides, strict=True):
+            y = y.to(torch.promote_types(y.dtype, torch.float32))  # half has no 1/8 pixel at 300
             high, wide = y.shape[2:4]
             rows, columns = torch.meshgrid(torch.arange(high), torch.arange(wide), indexing="ij")
             cells = torch.stack([columns, rows], -1).to(y) - 0.5

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import jax
@@ -9,11 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+import yaml
 from flax import nnx
 
 import gam_flax
 import gam_torch
-from gam_flax.convert import load, load_torch, save
+from gam_flax.convert import load, load_torch, save, to_torch
+from gam_flax.convert.saved import constructor
 from gam_flax.models.yolov5_config import (
     insert_attention,
     layer_moves,
@@ -96,6 +99,16 @@ def test_a_box_is_where_its_cell_and_anchor_say():
     assert torch.allclose(boxes[0, -1, :4], torch.tensor([48.0, 48.0, 373.0, 326.0]))
 
 
+def test_boxes_of_half_precision_are_in_whole_precision():
+    model = gam_torch.YOLOv5("yolov5n", num_classes=1)
+    outputs = [torch.zeros(1, 3, s, s, 6, dtype=torch.bfloat16) for s in (80, 40, 20)]
+    boxes = model.decode(outputs)
+    assert boxes.dtype == torch.float32 and boxes[0, 79, 0] == 636
+    ours = gam_flax.YOLOv5("yolov5n", num_classes=1, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    found = ours.decode([jnp.zeros(y.shape, jnp.bfloat16) for y in outputs])
+    assert np.array_equal(found, boxes)
+
+
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("yolov5n", 1_872_157), ("yolov5s", 7_235_389), ("yolov5m", 21_190_557)],
@@ -145,18 +158,24 @@ def test_saved_and_loaded(tmp_path):
     x = jnp.asarray(pictures(32), jnp.float32)
     for y, z in zip(model(x), again(x), strict=True):
         assert np.array_equal(y, z)
+    weights = {key: torch.tensor(value) for key, value in to_torch(model).items()}
+    theirs = gam_torch.YOLOv5(SMALL, attention="gam", attention_options=options)
+    theirs.load_state_dict(weights, strict=True)
+    assert theirs.config == json.loads(constructor(model)["arguments"])["config"]
 
 
-def test_optimized_and_under_jit():
+def test_optimized_and_under_jit(tmp_path):
     _, ours = twins(SMALL, attention="gam")
     ours.eval()
     x = jnp.asarray(pictures(32))
     fast = gam_flax.optimize_for_inference(ours, x.shape)
     convs = [m for _, m in nnx.iter_modules(fast) if type(m).__name__ == "BatchNorm"]
     assert not convs
-    found = nnx.jit(lambda model, x: model.decode(model(x)))(fast, x)
     expected = ours.decode(ours(x))
-    assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max()
+    save(fast, tmp_path / "fast.safetensors")
+    for model in (fast, load(tmp_path / "fast.safetensors")):
+        found = nnx.jit(lambda model, x: model.decode(model(x)))(model, x)
+        assert np.abs(found - expected).max() <= 1e-12 * np.abs(expected).max()
 
 
 def test_remat_changes_nothing():
@@ -263,7 +282,6 @@ def test_a_yaml_that_is_not_understood(tmp_path, text, expected):
 
 
 def test_a_users_own_yaml(tmp_path):
-    yaml = pytest.importorskip("yaml")
     path = tmp_path / "m.yaml"
     path.write_text(yaml.safe_dump(SMALL))
     assert gam_torch.YOLOv5(path).config == read_config(SMALL)
