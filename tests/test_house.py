@@ -145,6 +145,7 @@ FLOORS = [
     ["attention", "optimize"],
     ["linen", "models"],
     ["convert"],
+    ["detection"],
     ["parity", "train"],
 ]
 FLOORS += [["maps", "export"], ["costs", "demo"], ["cli"]]

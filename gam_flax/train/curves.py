@@ -1,4 +1,4 @@
-"""Loss and accuracy over a run, as a picture."""
+"""Loss and accuracy over a run, as a picture; of a detector mAP."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POINTS = 200
 
 
 def draw_curves(metrics: Path, picture: Path, *, force: bool = False) -> None:
-    """Draws metrics.jsonl: loss, accuracy and learning rate over the epochs.
+    """Draws metrics.jsonl: loss, the task's metric and learning rate over the epochs.
 
     Args:
         metrics: the file of a run.
@@ -28,11 +28,12 @@ def draw_curves(metrics: Path, picture: Path, *, force: bool = False) -> None:
     train = [line for line in lines if line["part"] == "train"]
     test = [line for line in lines if line["part"] == "test"]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
-    for axis, name in zip(
-        figure.subplots(1, 3), ("loss", "accuracy", "learning_rate"), strict=True
-    ):
-        epochs, values = _smoothed(train, name)
-        axis.plot(epochs, values, label="training", color="tab:blue")
+    metric = next(iter(_measures(test)), "accuracy")
+    names = ("loss", metric, "learning_rate")
+    for axis, name in zip(figure.subplots(1, 3), names, strict=True):
+        if train and name in train[0]:
+            epochs, values = _smoothed(train, name)
+            axis.plot(epochs, values, label="training", color="tab:blue")
         if test and name in test[0]:
             at = [line["epoch"] for line in test]
             values = [line[name] for line in test]
@@ -43,6 +44,12 @@ def draw_curves(metrics: Path, picture: Path, *, force: bool = False) -> None:
         axis.grid(alpha=0.3)
     with whole_file(picture, force=force) as part:
         figure.savefig(part, format="png", dpi=110)
+
+
+def _measures(test: list[dict[str, Any]]) -> list[str]:
+    """What was measured on the test pictures beside the loss, the task's own metric first."""
+    others = ("step", "epoch", "part", "loss", "images_per_second")
+    return [name for line in test[:1] for name in line if name not in others]
 
 
 def _smoothed(lines: list[dict[str, Any]], name: str) -> tuple[list[float], list[float]]:

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 import zipfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from gam_flax.convert.errors import shorten
 from gam_flax.preprocess import MEAN, STD
+from gam_flax.train.augmentation import Element, augment, middle
 from gam_flax.train.cifar import ARCHIVES, read_cifar
 from gam_flax.train.errors import DataError
 from gam_flax.train.folder import PictureFiles, list_folder
 from gam_flax.train.idx import read_idx
+from gam_flax.train.yolo_folder import LabelledData, read_yolo_folder
+
+if TYPE_CHECKING:
+    from gam_flax.train.tasks import Task
 
 DEBIAN_FASHION = Path("/usr/share/datasets/fashion-mnist")
 """Where `apt install dataset-fashion-mnist` puts it."""
@@ -24,7 +32,7 @@ FASHION = (
 )
 DIGITS = tuple("0123456789")
 
-KINDS = ("fashion-mnist", "mnist", *ARCHIVES, "arrays", "folder")
+KINDS = ("fashion-mnist", "mnist", *ARCHIVES, "arrays", "folder", "yolo")
 
 MEASURED = 10_000
 """So many training pictures, evenly spaced, tell mean and deviation."""
@@ -69,8 +77,37 @@ class DataSet:
     def channels(self) -> int:
         return self.train.images.shape[3]
 
+    @property
+    def task(self) -> Task:
+        """What is learnt of these pictures."""
+        from gam_flax.train.tasks import Classification
 
-def read_data(kind: str, place: str | Path | None = None, *, side: int | None = None) -> DataSet:
+        return Classification()
+
+    def training_change(self, *, crop: int | None, flip: bool | None) -> Callable[..., Element]:
+        """`augment`, with what suits the data for what is None.
+
+        A folder's pictures are larger than what is cut out of them, and need no border.
+        """
+        larger = self.train.images.shape[1] > self.side
+        usual = 0 if larger else self.side // 8
+        return partial(
+            augment,
+            side=self.side,
+            crop=usual if crop is None else crop,
+            flip=self.mirrored if flip is None else flip,
+        )
+
+    @property
+    def evaluation_change(self) -> Callable[[Element], Element]:
+        """`middle`."""
+        return partial(middle, side=self.side)
+
+
+Data = DataSet | LabelledData
+
+
+def read_data(kind: str, place: str | Path | None = None, *, side: int | None = None) -> Data:
     """The pictures of a run.
 
     | kind          | what lies at `place`                                                    |
@@ -80,6 +117,7 @@ def read_data(kind: str, place: str | Path | None = None, *, side: int | None = 
     | cifar10, …100 | the python version: cifar-10-python.tar.gz, or the folder in it         |
     | arrays        | .npz, or a folder of .npy: x_train, y_train, x_test, y_test; uint8      |
     | folder        | train/CLASS/*.jpg and the like, and test/ or val/ with the same classes |
+    | yolo          | boxes to detect: data.yaml, images/train, labels/train and the like     |
 
     Mean and deviation are those of the training pictures; of a folder, ImageNet's.
 
@@ -88,7 +126,8 @@ def read_data(kind: str, place: str | Path | None = None, *, side: int | None = 
         place: the file or folder. fashion-mnist has a default, `DEBIAN_FASHION`.
         side: of a folder's pictures as the network sees them, in pixels, 224 by default; the
             files are read with an eighth more, of which training cuts out a random part and
-            evaluation the middle. Of the others: how large they are.
+            evaluation the middle. Of pictures with boxes, 640 by default. Of the others: how
+            large they are.
 
     Raises:
         DataError: something is missing, broken, or not what `kind` says: one line with the file.
@@ -100,6 +139,8 @@ def read_data(kind: str, place: str | Path | None = None, *, side: int | None = 
     place = Path(place or DEBIAN_FASHION)
     if kind == "folder":
         return _folder(place, side or 224)
+    if kind == "yolo":
+        return read_yolo_folder(place, side or 640)
     if kind in ARCHIVES:
         train, test, classes = read_cifar(kind, place)
     elif kind == "arrays":

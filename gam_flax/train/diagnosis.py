@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from flax import nnx
 
 from gam_flax.convert.flax_paths import built, dotted, nnx_variables
 
 
-def where_it_began(model: nnx.Module, images: Any, labels: Any) -> str:
+def where_it_began(model: nnx.Module, images: Any, loss: Callable[[nnx.Module], jax.Array]) -> str:
     """The first layer with an output that is not finite, or a parameter with such a gradient.
 
     Layers in the order in which the network was built, which is the order in which it runs; what
@@ -22,7 +22,7 @@ def where_it_began(model: nnx.Module, images: Any, labels: Any) -> str:
     Args:
         model: in training mode. It is run once more, slowly, layer by layer.
         images: as the network sees them, (B, H, W, C).
-        labels: (B,).
+        loss: of such a model, for these pictures.
 
     Returns:
         A sentence's end, such as "in layer2.0.conv1, whose output has 12 of 4096 values that are
@@ -39,7 +39,7 @@ def where_it_began(model: nnx.Module, images: Any, labels: Any) -> str:
         if not _finite(output):
             bad = int((~np.isfinite(np.asarray(output, np.float32))).sum())
             return f"in {path}, whose output has {bad:,} of {output.size:,} values not finite"
-    return f"in the gradient{_gradient(model, images, labels)}"
+    return f"in the gradient{_gradient(model, loss)}"
 
 
 def _outputs(model: nnx.Module, images: Any) -> list[tuple[str, Any]]:
@@ -57,15 +57,14 @@ def _outputs(model: nnx.Module, images: Any) -> list[tuple[str, Any]]:
     return sorted(found, key=lambda pair: built(model, pair[0].split(".")))
 
 
-def _gradient(model: nnx.Module, images: Any, labels: Any) -> str:
+def _gradient(model: nnx.Module, loss: Callable[[nnx.Module], jax.Array]) -> str:
     """The last parameter whose gradient is not finite: gradients come from the end."""
     graph, params, rest = nnx.split(model, nnx.Param, ...)
 
-    def loss(params: Any) -> Any:
-        logits = nnx.merge(graph, params, rest, copy=True)(images).astype(jnp.float32)
-        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    def of(params: Any) -> jax.Array:
+        return loss(nnx.merge(graph, params, rest, copy=True))
 
-    grads = nnx.merge(graph, jax.grad(loss)(params), rest)
+    grads = nnx.merge(graph, jax.grad(of)(params), rest)
     paths = [p for p, v in nnx_variables(grads).items() if not _finite(v[...])]
     if not paths:
         return "'s norm, which is too large for a float32"

@@ -19,7 +19,7 @@ from gam_flax.convert.saved import save
 from gam_flax.train.board import Board
 from gam_flax.train.checkpoints import Checkpoints
 from gam_flax.train.curves import draw_curves
-from gam_flax.train.data import DataSet, read_data
+from gam_flax.train.data import Data, read_data
 from gam_flax.train.diagnosis import where_it_began
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.fit import Result
@@ -83,7 +83,7 @@ def run(
         if checkpoints.latest_step() != step:
             raise TrainingError(f"{out}: the end of step {step} was not saved; make room")
         wait_for_all("the metrics are written")
-        accuracies = _accuracies(folder)
+        accuracies = _accuracies(folder, data.task.metric)
         best = max(accuracies, default=None)
         if step < total:
             say(f"stopped after step {step} of {total}, which is saved; the same call goes on")
@@ -109,7 +109,7 @@ class Training:
     def __init__(
         self,
         settings: Settings,
-        data: DataSet,
+        data: Data,
         mesh: Mesh,
         steps: Steps,
         per_epoch: int,
@@ -123,19 +123,19 @@ class Training:
         self.save_every = save_every
         self.workers = workers
         rows = own_rows(mesh, settings.batch_size)
-        flip = data.mirrored if settings.flip is None else settings.flip
         self.data = data
         self.batches = training_batches(
             data.train,
             batch_size=settings.batch_size,
             seed=settings.seed,
-            side=data.side,
-            crop=_crop(settings, data),
-            flip=flip,
+            change=data.training_change(crop=settings.crop, flip=settings.flip),
             rows=rows,
         )
         self.test_batches = evaluation_batches(
-            data.test, batch_size=settings.batch_size, side=data.side, rows=rows
+            data.test,
+            batch_size=settings.batch_size,
+            change=data.evaluation_change,
+            rows=rows,
         )
         self.times: deque[float] = deque(maxlen=WINDOW)
 
@@ -168,7 +168,7 @@ class Training:
         self.times.append(time.perf_counter())
         epoch = round(step / self.per_epoch, 4)
         self._record(step=step, epoch=epoch, part="train", **values)
-        self.bar.show(step, values["loss"], values["accuracy"], self._speed())
+        self.bar.show(step, values, self._speed())
 
     def _record(self, **values: Any) -> None:
         for record in self.records:
@@ -183,22 +183,26 @@ class Training:
 
     def _evaluate(self, step: int, state: TrainState) -> float:
         speed = self._speed()
-        sums = {"loss": 0.0, "accuracy": 0.0, "count": 0.0}
+        answers = []
         with closing(stream(self.test_batches, 0, workers=self.workers)) as batches:
             for batch in batches:
-                found = self.steps.evaluate(state, put_batch(batch, self.mesh))
-                for name, value in jax.device_get(found).items():
-                    sums[name] += float(value)
+                answers.append(
+                    jax.device_get(self.steps.evaluate(state, put_batch(batch, self.mesh)))
+                )
         self.times.clear()  # evaluation is no part of the speed of training
-        count = sums.pop("count")
-        means = {name: total / count for name, total in sums.items()}
+        found = self.data.task.score(answers)
         epoch = step // self.per_epoch
-        self._record(step=step, epoch=epoch, part="test", **means, images_per_second=speed)
+        self._record(step=step, epoch=epoch, part="test", **found, images_per_second=speed)
+        metric = self.data.task.metric
+        told = [
+            f"{name} {value:.2%}" if name == metric else f"{name} {value:.4f}"
+            for name, value in found.items()
+        ]
         self.say(
-            f"epoch {epoch} of {self.settings.epochs}: test loss {means['loss']:.4f}, "
-            f"accuracy {means['accuracy']:.2%}; {speed:,.0f} images/s"
+            f"epoch {epoch} of {self.settings.epochs}: test {', '.join(told)}; "
+            f"{speed:,.0f} images/s"
         )
-        return means["accuracy"]
+        return found[metric]
 
     def _give_up(self, step: int, values: dict[str, float], state: TrainState) -> None:
         """The state is still the one before the step, and its batch can be had again."""
@@ -214,7 +218,7 @@ class Training:
         )
 
 
-def _steps_in_an_epoch(settings: Settings, data: DataSet, mesh: Mesh) -> int:
+def _steps_in_an_epoch(settings: Settings, data: Data, mesh: Mesh) -> int:
     part = settings.batch_size // settings.accumulate
     if part % mesh.size:
         raise TrainingError(
@@ -228,7 +232,7 @@ def _steps_in_an_epoch(settings: Settings, data: DataSet, mesh: Mesh) -> int:
     return len(data.train) // settings.batch_size
 
 
-def _compiled(settings: Settings, data: DataSet, mesh: Mesh, per_epoch: int, say: Any) -> Steps:
+def _compiled(settings: Settings, data: Data, mesh: Mesh, per_epoch: int, say: Any) -> Steps:
     schedule = learning_rate_schedule(settings, settings.epochs * per_epoch)
     return make_steps(
         build_network(settings, data, say),
@@ -237,19 +241,12 @@ def _compiled(settings: Settings, data: DataSet, mesh: Mesh, per_epoch: int, say
         schedule,
         (data.mean, data.std),
         mesh,
+        data.task,
     )
 
 
-def _crop(settings: Settings, data: DataSet) -> int:
-    """A folder's pictures are larger than what is cut out of them, and need no border."""
-    larger = data.train.images.shape[1] > data.side
-    if settings.crop is not None:
-        return settings.crop
-    return 0 if larger else data.side // 8
-
-
-def _accuracies(folder: RunFolder) -> list[float]:
-    return [line["accuracy"] for line in read_metrics(folder.metrics) if line["part"] == "test"]
+def _accuracies(folder: RunFolder, metric: str) -> list[float]:
+    return [line[metric] for line in read_metrics(folder.metrics) if line["part"] == "test"]
 
 
 def _write_models(
@@ -269,7 +266,7 @@ def _write_model(path: Path, training: Training, state: TrainState, accuracy: fl
         "std": json.dumps(training.data.std),
         "classes": json.dumps(training.data.classes),
         "side": json.dumps(training.data.side),
-        "test_accuracy": f"{accuracy:.4f}",
+        f"test_{training.data.task.metric}": f"{accuracy:.4f}",
     }
     if is_first():
         save(training.steps.model(whole), path, force=True, about=about)

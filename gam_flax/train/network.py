@@ -16,7 +16,7 @@ from gam_flax.convert.into_flax import load_torch
 from gam_flax.convert.source import open_source
 from gam_flax.models.registry import MODELS, create_model, list_models
 from gam_flax.models.resnet import ResNet
-from gam_flax.train.data import DataSet
+from gam_flax.train.data import Data
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.settings import Settings
 from gam_flax.train.step import wide_type
@@ -25,7 +25,7 @@ SMALL = 64
 """A ResNet of pictures up to this side, in pixels, has the CIFAR stem."""
 
 
-def build_network(settings: Settings, data: DataSet, say: Callable[[str], None]) -> nnx.Module:
+def build_network(settings: Settings, data: Data, say: Callable[[str], None]) -> nnx.Module:
     """The network that `settings` name, for `data`, in training mode.
 
     Args:

@@ -8,12 +8,10 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from functools import partial
+from collections.abc import Callable, Sized
 from typing import Any
 
 import numpy as np
-
-from gam_flax.train.data import Pictures
 
 READ_AHEAD = 8
 """Batches that are read at a time, in as many threads; grain's own 500 are gigabytes of photos."""
@@ -22,35 +20,33 @@ Batch = dict[str, np.ndarray]
 
 
 def training_batches(
-    pictures: Pictures,
+    pictures: Sized,
     *,
     batch_size: int,
     seed: int,
-    side: int,
-    crop: int,
-    flip: bool,
+    change: Callable[[Batch, np.random.Generator], Batch],
     rows: np.ndarray | None = None,
 ) -> Any:
     """Every batch of a training that never ends, as a `grain.MapDataset`: `batches[n]`.
 
-    Every epoch has its own order; what is left at its end, fewer than a batch, is left out. Each
-    picture is cut and mirrored at random, with randomness of its own place in the sequence.
+    Every epoch has its own order; what is left at its end, fewer than a batch, is left out.
 
     Args:
         batch_size: of all processes together.
-        side, crop, flip: see `augment`.
+        change: what happens to each picture, such as `augment`; it is given randomness of the
+            picture's own place in the sequence.
         rows: of each batch the ones that this process reads; None for all.
 
     Returns:
-        {"image": (B, side, side, C) uint8, "label": (B,) int32}, B the number of rows.
+        Of what `change` gives, such as {"image": (H, W, C) uint8, "label": ()}, B each, the
+        number of rows.
     """
     import grain
 
     length = len(pictures) // batch_size * batch_size
     shuffled = grain.MapDataset.source(pictures).seed(seed).shuffle()
     epoch = _first(shuffled, length).repeat()
-    ready = epoch.random_map(partial(augment, side=side, crop=crop, flip=flip))
-    return _in_batches(ready, batch_size, rows)
+    return _in_batches(epoch.random_map(change), batch_size, rows)
 
 
 def _first(shuffled: Any, length: int) -> Any:
@@ -59,19 +55,24 @@ def _first(shuffled: Any, length: int) -> Any:
 
 
 def evaluation_batches(
-    pictures: Pictures, *, batch_size: int, side: int, rows: np.ndarray | None = None
+    pictures: Sized,
+    *,
+    batch_size: int,
+    change: Callable[[Batch], Batch],
+    rows: np.ndarray | None = None,
 ) -> Any:
-    """All pictures once, in order, their middle; the last batch is filled up.
+    """All pictures once, in order; the last batch is filled up.
 
     Args:
         batch_size, rows: as `training_batches` has them.
+        change: what happens to each picture, such as `middle`.
 
     Returns:
         As `training_batches`, and "weight": 1 for a picture, 0 for what fills.
     """
     import grain
 
-    ready = grain.MapDataset.source(pictures).map(partial(middle, side=side))
+    ready = grain.MapDataset.source(pictures).map(change)
     return _in_batches(_FilledUp(ready, batch_size), batch_size, rows)
 
 
@@ -91,30 +92,6 @@ def stream(batches: Any, start: int, *, workers: int = 0) -> Any:
     read = grain.ReadOptions(num_threads=READ_AHEAD, prefetch_buffer_size=READ_AHEAD)
     ahead = batches[start:].to_iter_dataset(read)
     return iter(ahead.mp_prefetch(options, worker_init_fn=_start_worker))
-
-
-def augment(element: Batch, rng: np.random.Generator, *, side: int, crop: int, flip: bool) -> Batch:
-    """A random part of `side` × `side` pixels of the picture, mirrored in half of the cases.
-
-    Args:
-        element: {"image": (H, W, C), …}.
-        rng: where the randomness comes from.
-        side: of the result, in pixels.
-        crop: black pixels that are first put around the picture.
-        flip: whether to mirror at all.
-    """
-    image = np.pad(element["image"], ((crop, crop), (crop, crop), (0, 0)))
-    top, left = (int(rng.integers(size - side + 1)) for size in image.shape[:2])
-    image = image[top : top + side, left : left + side]
-    if flip and rng.integers(2):
-        image = image[:, ::-1]
-    return {**element, "image": image}
-
-
-def middle(element: Batch, *, side: int) -> Batch:
-    """The middle `side` × `side` pixels of the picture."""
-    top, left = ((size - side) // 2 for size in element["image"].shape[:2])
-    return {**element, "image": element["image"][top : top + side, left : left + side]}
 
 
 def _in_batches(elements: Any, batch_size: int, rows: np.ndarray | None) -> Any:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from rich.console import Console
 from rich.progress import Progress as Bar
 from rich.progress import TextColumn
 
+UNTOLD = ("gradient_norm", "learning_rate")
+"""What the file of metrics has and the bar has no room for."""
+
 
 class Progress:
-    """Steps done, loss, accuracy and images per second; nothing where nobody looks.
+    """Steps done, loss and the like, images per second; nothing where nobody looks.
 
     Args:
         console: where it is drawn; lines said while it runs stay above it.
@@ -28,7 +33,8 @@ class Progress:
     def __exit__(self, *error: object) -> None:
         self._bar.stop()
 
-    def show(self, done: int, loss: float, accuracy: float, speed: float) -> None:
-        """After a step."""
-        note = f"loss {loss:.3f}  accuracy {accuracy:.1%}  {speed:,.0f} images/s"
+    def show(self, done: int, values: Mapping[str, float], speed: float) -> None:
+        """After a step, with what `MetricLines` writes of it."""
+        told = [f"{name} {values[name]:.3f}" for name in values if name not in UNTOLD]
+        note = "  ".join([*told, f"{speed:,.0f} images/s"])
         self._bar.update(self._task, completed=done, note=note)

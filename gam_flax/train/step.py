@@ -13,8 +13,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gam_flax.train.settings import Settings
 from gam_flax.train.sharding import placed, state_shardings
+from gam_flax.train.tasks import Classification, Metrics, Task
 
-Metrics = dict[str, jax.Array]
+CLASSIFICATION = Classification()
 
 
 class TrainState(NamedTuple):
@@ -43,10 +44,10 @@ class Steps(NamedTuple):
     initial: () → the state at step 0, on the mesh.
     shapes: of the state, with shardings: `train.lower(shapes, …)` compiles without any array.
     train: (state, batch) → the next state, metrics; the old state is used up.
-    evaluate: (state, batch) → sums over the batch's pictures.
+    evaluate: (state, batch) → what the task's `score` wants to see of it.
     model: state → the model with these weights, in evaluation mode.
-    as_trained: (state, batch) → the model in training mode, the pictures as it sees them, their
-        classes: what `where_it_began` looks at.
+    as_trained: (state, batch) → the model in training mode, the pictures as it sees them, and the
+        loss of such a model: what `where_it_began` looks at.
     """
 
     initial: Callable[[], TrainState]
@@ -54,7 +55,10 @@ class Steps(NamedTuple):
     train: jax.stages.Wrapped
     evaluate: jax.stages.Wrapped
     model: Callable[[TrainState], nnx.Module]
-    as_trained: Callable[[TrainState, dict[str, Any]], tuple[nnx.Module, jax.Array, jax.Array]]
+    as_trained: Callable[
+        [TrainState, dict[str, Any]],
+        tuple[nnx.Module, jax.Array, Callable[[nnx.Module], jax.Array]],
+    ]
 
 
 def make_steps(
@@ -64,10 +68,9 @@ def make_steps(
     schedule: optax.Schedule,
     normalize: tuple[tuple[float, ...], tuple[float, ...]],
     mesh: Mesh,
+    task: Task = CLASSIFICATION,
 ) -> Steps:
-    """The functions that train `model`, compiled for `mesh` when they are first called.
-
-        loss = mean over the batch of cross-entropy(logits, smoothed labels)
+    """The functions that train `model` for `task`, compiled for `mesh` when they are first called.
 
     Under the mesh a batch is cut over the devices, and means are over the whole of it: BatchNorm's
     statistics are global. With `accumulate` they are of one part of the batch.
@@ -76,13 +79,13 @@ def make_steps(
         model: gives the structure and the parameters at the start; one of shapes alone, of
             `nnx.eval_shape`, can be compiled but has no `initial`.
         normalize: mean and deviation of each channel, of pixels scaled to 0 … 1.
+        task: what it learns.
     """
     model.train()
     graph, params, rest = nnx.split(model, nnx.Param, ...)
     model.eval()
     eval_graph = nnx.split(model, nnx.Param, ...)[0]
     prepare = _preparation(normalize, settings.dtype)
-    wide = wide_type(settings.dtype)
 
     def start(params: Any, rest: Any) -> TrainState:
         average = () if settings.ema is None else jax.tree.map(jnp.copy, params)
@@ -91,12 +94,8 @@ def make_steps(
 
     def loss_of(params: Any, rest: Any, part: dict[str, jax.Array]) -> tuple[jax.Array, Any]:
         network = nnx.merge(graph, params, rest, copy=True)
-        logits = network(prepare(part["image"])).astype(wide)
-        labels = jax.nn.one_hot(part["label"], logits.shape[-1], dtype=wide)
-        smooth = optax.smooth_labels(labels, settings.label_smoothing)
-        loss = optax.softmax_cross_entropy(logits, smooth).mean()
-        right = (logits.argmax(-1) == part["label"]).mean(dtype=wide)
-        return loss, (nnx.state(network, nnx.Not(nnx.Param)), right)
+        loss, shown = task.loss(network, prepare(part["image"]), part, settings)
+        return loss, (nnx.state(network, nnx.Not(nnx.Param)), {"loss": loss, **shown})
 
     def gradient(state: TrainState, batch: dict[str, jax.Array]) -> tuple[Any, Any, Metrics]:
         """Means over the parts of the batch; the statistics after the last of them.
@@ -110,8 +109,8 @@ def make_steps(
             part = jax.tree.map(lambda x, i=i: _part(x, i, settings.accumulate), batch)
             part, total = jax.lax.optimization_barrier((part, total))
             graded = jax.value_and_grad(loss_of, has_aux=True)(state.params, rest, part)
-            (loss, (rest, right)), grads = graded
-            found = (grads, {"loss": loss, "accuracy": right})
+            (_, (rest, shown)), grads = graded
+            found = (grads, shown)
             total = found if total is None else jax.tree.map(jnp.add, total, found)
         grads, metrics = jax.tree.map(lambda x: x / settings.accumulate, total)
         return grads, rest, metrics
@@ -131,21 +130,15 @@ def make_steps(
         metrics["learning_rate"] = jnp.asarray(schedule(state.step), jnp.float32)
         return kept._replace(sound=sound), {**metrics, "sound": sound}
 
-    def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Metrics:
+    def evaluate(state: TrainState, batch: dict[str, jax.Array]) -> Any:
         network = nnx.merge(eval_graph, _evaluated(state), state.rest)
-        logits = network(prepare(batch["image"])).astype(wide)
-        each = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        right = logits.argmax(-1) == batch["label"]
-        weight = batch["weight"]
-        return {
-            "loss": (each * weight).sum(),
-            "accuracy": (right * weight).sum(),
-            "count": weight.sum(),
-        }
+        return task.answers(network, prepare(batch["image"]), batch)
 
     def as_trained(state: TrainState, batch: dict[str, Any]) -> Any:
         network = nnx.merge(graph, state.params, state.rest)
-        return network, prepare(jnp.asarray(batch["image"])), jnp.asarray(batch["label"])
+        batch = jax.tree.map(jnp.asarray, batch)
+        images = prepare(batch["image"])
+        return network, images, lambda model: task.loss(model, images, batch, settings)[0]
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     shapes = jax.eval_shape(start, params, rest)

@@ -29,7 +29,8 @@ def in_torch(folder, changes):
     """The pictures' settings, torch's file after three steps, and its weights after the fourth."""
     place = write_fashion(folder / "data", 64, 16)
     data = read_data("fashion-mnist", place)
-    batches = training_batches(data.train, batch_size=16, seed=0, side=12, crop=1, flip=True)
+    change = data.training_change(crop=1, flip=True)
+    batches = training_batches(data.train, batch_size=16, seed=0, change=change)
     torch.manual_seed(0)
     model = gam_torch.create_model(
         "resnet8", attention="gam", num_classes=10, in_channels=1, stem="cifar", **TINY

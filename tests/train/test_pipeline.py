@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from contextlib import closing
+from functools import partial
 
 import numpy as np
 import pytest
 
 from gam_flax.train import Pictures
-from gam_flax.train.pipeline import augment, evaluation_batches, middle, stream, training_batches
+from gam_flax.train.augmentation import augment, middle
+from gam_flax.train.pipeline import evaluation_batches, stream, training_batches
 from tests.train.made import pictures
 
 COUNT, BATCH = 37, 8
@@ -23,7 +25,8 @@ def numbered():
 
 
 def batches(numbered, **changes):
-    usual = {"batch_size": BATCH, "seed": 0, "side": 12, "crop": 1, "flip": True}
+    change = partial(augment, side=12, crop=1, flip=True)
+    usual = {"batch_size": BATCH, "seed": 0, "change": change}
     return training_batches(numbered, **{**usual, **changes})
 
 
@@ -64,7 +67,7 @@ def test_a_host_reads_its_rows_of_each_batch_and_no_other(numbered, rows):
             return super().__getitem__(index)
 
     watched = Watched(numbered.images, numbered.labels)
-    evaluated = {"batch_size": BATCH, "side": 10}
+    evaluated = {"batch_size": BATCH, "change": partial(middle, side=10)}
     for found, whole in (
         (batches(watched, rows=np.array(rows)), batches(numbered)),
         (
@@ -82,7 +85,7 @@ def test_a_host_reads_its_rows_of_each_batch_and_no_other(numbered, rows):
 
 
 def test_evaluation_sees_each_picture_once(numbered):
-    found = evaluation_batches(numbered, batch_size=BATCH, side=10)
+    found = evaluation_batches(numbered, batch_size=BATCH, change=partial(middle, side=10))
     assert len(found) == 5
     last = found[4]
     assert last["image"].shape == (BATCH, 10, 10, 1)

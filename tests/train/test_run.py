@@ -14,8 +14,9 @@ from rich.console import Console
 import gam_flax
 from gam_flax.convert import load, load_torch, save
 from gam_flax.convert.errors import CheckpointError
-from gam_flax.train import TrainingError, fit, read_metrics
+from gam_flax.train import Settings, TrainingError, fit, read_metrics
 from gam_flax.train.diagnosis import where_it_began
+from gam_flax.train.tasks import Classification
 from tests.train.made import TINY, outcome, tiny, write_fashion
 
 
@@ -148,7 +149,10 @@ def test_a_loss_that_is_not_finite_stops_the_run(data, tmp_path):
 
 def test_where_it_began():
     x = jax.numpy.asarray(np.random.default_rng(0).normal(size=(4, 12, 12, 1)), jax.numpy.float32)
-    labels = np.arange(4)
+    batch = {"label": jax.numpy.arange(4)}
+
+    def loss(model):
+        return Classification().loss(model, x, batch, Settings("mnist"))[0]
 
     def built():
         model = gam_flax.create_model(
@@ -166,13 +170,13 @@ def test_where_it_began():
     model = built()
     kernel = model.layer1[0].conv2.kernel
     kernel[...] = kernel[...] + 3e38
-    assert where_it_began(model, x, labels).startswith("in layer1.0.conv2, whose output has")
+    assert where_it_began(model, x, loss).startswith("in layer1.0.conv2, whose output has")
     model = built()
     bias = model.layer1[0].attention.spatial_attention.norm1.bias
     bias[...] = bias[...].at[0].set(np.nan)
     expected = "in layer1.0.attention.spatial_attention.norm1.bias, which has values"
-    assert where_it_began(model, x, labels).startswith(expected)
-    assert where_it_began(built(), x * np.nan, labels) == "in the pictures"
+    assert where_it_began(model, x, loss).startswith(expected)
+    assert where_it_began(built(), x * np.nan, loss) == "in the pictures"
 
 
 def test_fine_tuning_from_a_torch_backbone(data, tmp_path):

@@ -1,0 +1,10 @@
+from .boxes import box_iou as box_iou
+from .boxes import complete_iou as complete_iou
+from .boxes import xywh_to_xyxy as xywh_to_xyxy
+from .letterbox import Letterboxed as Letterboxed
+from .letterbox import letterbox as letterbox
+from .letterbox import undo as undo
+from .loss import DetectionLoss as DetectionLoss
+from .loss import detection_loss as detection_loss
+from .suppression import Detections as Detections
+from .suppression import non_maximum_suppression as non_maximum_suppression
