@@ -83,6 +83,9 @@ ARGUMENTS: dict[str, tuple[str, ...]] = {
 }
 """Module → the names of its arguments in a YAML, after the output's channels where it has those."""
 
+SIZES = ("kernel_size", "stride", "groups")
+"""The arguments that are whole numbers above 0."""
+
 SCALED = ("Conv", "Focus", "Bottleneck", "C3", "SPP", "SPPF")
 """The modules whose first argument is the output's channels."""
 
@@ -175,6 +178,10 @@ def _check(good: bool, where: str, name: str, found: Mapping[str, Any], expected
 
 def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int) and _is_number(value) and value > 0
 
 
 def _is_list(value: object) -> bool:
@@ -299,6 +306,10 @@ def _layer(
     notices: list[str],
 ) -> LayerPlan:
     origin, number, _, written = line
+    if not _is_size(number):
+        raise ValueError(f"its number is {number!r}, expected 1 or more")
+    if origin == []:
+        raise ValueError("takes the output of no layer")
     sources = tuple(_source(j, index) for j in (origin if _is_list(origin) else [origin]))
     channels = tuple(in_channels if j < 0 else before[j].out_channels for j in sources)
     strides = [1 if j < 0 else before[j].stride for j in sources]
@@ -315,13 +326,15 @@ def _layer(
     repeats = max(round(number * config["depth_multiple"]), 1) if number > 1 else number
     out = sum(channels) if kind == "Concat" else channels[0]
     if kind in SCALED:
-        if not values or not _is_number(values[0]):
+        if not values or not _is_size(values[0]):
             raise ValueError(f"{kind} wants the output's channels first")
         out = scaled(values.pop(0), config["width_multiple"])
     if kind in ATTENTIONS.values():
         arguments = _options(index, kind, values, channels[0], config, notices)
     else:
         arguments = _named(kind, values)
+    if kind == "Detect":
+        _of_detect(arguments, config["nc"], len(sources))
     stride = _stride(kind, arguments, strides[0])
     return LayerPlan(index, sources, kind, channels, out, repeats, arguments, stride)
 
@@ -333,8 +346,9 @@ def _as_list(written: Any) -> list[Any]:
 
 
 def _source(index: Any, owner: int) -> int:
-    found = owner + index if isinstance(index, int) and index < 0 else index
-    if not isinstance(found, int) or not -1 <= found < owner or (found == -1 and owner):
+    whole = isinstance(index, int) and not isinstance(index, bool)
+    found = owner + index if whole and index < 0 else index
+    if not whole or not -1 <= found < owner or (found == -1 and owner):
         raise ValueError(f"takes the output of {index}, expected a layer before it")
     return found
 
@@ -358,7 +372,30 @@ def _named(kind: str, values: Sequence[Any]) -> dict[str, Any]:
         if named.get("axis", 1) != 1:
             raise ValueError(f"Concat of axis {named['axis']}: only channels, 1, are supported")
         return {}
+    for name, value in named.items():
+        if not _is_argument(name, value):
+            raise ValueError(f"{kind} with {name} {value!r}")
     return named
+
+
+def _is_argument(name: str, value: Any) -> bool:
+    if name == "padding":
+        return value is None or value == 0 or _is_size(value)
+    if name == "kernel_sizes":
+        return _is_list(value) and all(map(_is_size, value))
+    if name == "expansion":
+        return _is_number(value) and value > 0
+    return _is_size(value) if name in SIZES else True
+
+
+def _of_detect(named: Mapping[str, Any], classes: int, levels: int) -> None:
+    if len(named) < 2:
+        raise ValueError("Detect wants [nc, anchors]")
+    if named["num_classes"] != classes:
+        raise ValueError(f"Detect of {named['num_classes']!r} classes where nc is {classes}")
+    anchors = named["anchors"]
+    if not _are_anchors(anchors) or len(anchors) != levels:
+        raise ValueError(f"Detect of {levels} inputs wants anchors of as many, got {anchors}")
 
 
 def _options(

@@ -25,6 +25,7 @@ from gam_flax.models.yolov5_config import (
     read_config,
 )
 from gam_flax.parity import compare
+from gam_flax.preprocess import usual_side
 from tests.models.small_yolov5 import SMALL, with_layers
 
 NECK = (9, 17)
@@ -244,6 +245,16 @@ def test_arguments_that_forks_ignore():
         ([7, 1, "GAM", [64]], "takes the output of 7, expected a layer before it"),
         ([-1, 1, "Conv", []], "Conv wants the output's channels first"),
         ([-1, 1, "Conv", [64, 1, 1, 0, 1, 5]], "Conv has no argument 5"),
+        ([-1, 1, "Conv", [64, 3, 0]], "Conv with stride 0"),
+        ([-1, 1, "Conv", [64, 3, 1, -1]], "Conv with padding -1"),
+        ([-1, 1, "Conv", [64, "x"]], "Conv with kernel_size 'x'"),
+        ([-1, 1, "Conv", [-64]], "Conv wants the output's channels first"),
+        ([-1, 1, "SPP", [64, 5]], "SPP with kernel_sizes 5"),
+        ([-1, 1, "C3", [64, True, 1, 0]], "C3 with expansion 0"),
+        ([-1, 0, "C3", [64]], "its number is 0, expected 1 or more"),
+        ([-1, "3", "C3", [64]], "its number is '3', expected 1 or more"),
+        ([[], 1, "C3", [64]], "takes the output of no layer"),
+        ([True, 1, "C3", [64]], "takes the output of True, expected a layer before it"),
         ([-1, 1, "nn.Upsample", [None, 4, "nearest"]], "only [None, 2, nearest] is supported"),
         ([[-1, 0], 1, "Concat", [1]], "its inputs have strides"),
         ([[-1, 0], 1, "C3", [64]], "C3 takes one input, got 2"),
@@ -258,6 +269,21 @@ def test_a_line_that_is_not_understood(line, expected):
         with pytest.raises(ValueError) as error:
             package.YOLOv5(with_layers(3, line), **rngs)
         assert expected in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ([[7, 4], 1, "Detect", ["nc"]], "Detect wants [nc, anchors]"),
+        ([[7, 4], 1, "Detect", [80, "anchors"]], "Detect of 80 classes where nc is 3"),
+        ([[7], 1, "Detect", ["nc", "anchors"]], "Detect of 1 inputs wants anchors of as many"),
+        ([-1, 1, "C3", [64]], "layer 8 is C3, expected Detect as last"),
+    ],
+)
+def test_a_last_line_that_is_not_understood(line, expected):
+    with pytest.raises(ValueError) as error:
+        gam_torch.YOLOv5({**SMALL, "head": [*SMALL["head"][:-1], line]})
+    assert expected in str(error.value)
 
 
 @pytest.mark.parametrize(
@@ -303,7 +329,7 @@ def test_its_summary():
     counted = gam_flax.summarize(model, (1, 640, 640, 3))
     assert counted.parameters == 1_872_157
     assert round(2 * counted.multiply_adds / 1e9, 1) == 4.5  # "FLOPs" as its README has them
-    assert gam_flax.preprocess.usual_side(model) == 640
+    assert usual_side(model) == 640
 
 
 def test_attention_inserted_shifts_what_follows():
