@@ -95,6 +95,7 @@ def convert(
     dtype: Annotated[
         str | None, typer.Option(help="float16, bfloat16, float32 or float64; default: as it is.")
     ] = None,
+    yaml: Annotated[str | None, typer.Option(help="Of a YOLOv5, instead of its own.")] = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
@@ -109,6 +110,7 @@ def convert(
         variant=_variants(variant),
         to=to,  # type: ignore[arg-type]
         dtype=dtype,
+        yaml=yaml,
         force=force,
     )
     if as_json:

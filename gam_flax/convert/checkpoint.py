@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from gam_flax.convert import torch_file
 from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.file_kind import SAVE_AGAIN, file_kind
+from gam_flax.convert.yolo_told import told_by_module
 
 # Where training code puts the weights, best first: averaged weights are those people evaluate.
 _WRAPPERS = (
@@ -246,7 +247,9 @@ def _weights_in(
     weights, wrappers = _select(contents, entry)
     norms: torch_file.Norms = {}
     if isinstance(weights, torch_file.Standin):
+        told = weights.state
         weights, norms = torch_file.flatten(weights)
+        metadata = {**metadata, **told_by_module(told, norms)}
     elif _is_module(weights):
         weights, norms = weights.state_dict(), torch_file.norms_of(weights)
     tensors: dict[str, np.ndarray] = {}

@@ -17,7 +17,8 @@ from gam_flax.convert.flax_paths import (
 from gam_flax.convert.match import COUNTER, Leaf, Wanted, match
 from gam_flax.convert.rename import Rename
 from gam_flax.convert.report import ConversionReport
-from gam_flax.convert.source import told_by_attributes
+from gam_flax.convert.source import open_source, told_by_attributes
+from gam_flax.convert.yolo import moves
 
 if TYPE_CHECKING:
     from flax import nnx
@@ -71,6 +72,9 @@ def load_torch(
             unexpected or of another shape, at once.
     """
     modules, variables = nnx_modules(model), nnx_variables(model)
+    if rename is None and hasattr(model, "config"):
+        source = open_source(source)
+        rename = moves(model.config, source.tensors)
     turned = turned_kernels(model)
     places = [
         Leaf(path, v.shape, np.dtype(v.dtype), path in turned) for path, v in variables.items()

@@ -28,6 +28,7 @@ _DATA_NAMES = {
     "builtins": {
         *("bool", "bytearray", "bytes", "complex", "dict", "float", "frozenset", "int", "list"),
         *("object", "range", "set", "slice", "str", "tuple"),
+        "getattr",  # how a method of an object is written, which fused YOLOv5 models have
     },
     "functools": {"partial"},
     "types": {"SimpleNamespace"},

@@ -18,6 +18,7 @@ from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free, write_safetensors, write_torch
 from gam_flax.convert.report import ConversionReport
 from gam_flax.convert.source import open_source
+from gam_flax.convert.yolo import is_yolo, prepared
 
 DTYPES = {
     "float16": np.dtype(np.float16),
@@ -34,6 +35,7 @@ def convert_file(
     variant: str | Mapping[str, str] | None = None,
     to: Literal["flax", "torch"] = "flax",
     dtype: str | None = None,
+    yaml: Any = None,
     force: bool = False,
 ) -> ConversionReport:
     """Ports a checkpoint to a file: canonical names, and the layout of the framework it is for.
@@ -49,6 +51,8 @@ def convert_file(
         variant: what the weights cannot tell: one name, or kind → name.
         to: "flax" or "torch".
         dtype: of all floating-point tensors; None leaves each as it is, bit for bit.
+        yaml: of a YOLOv5, where the file has none of its own, or one with attention that the
+            weights have not: by its path, its name, or what it holds.
         force: replace a file that exists.
 
     Raises:
@@ -62,11 +66,15 @@ def convert_file(
     check_free(destination, force=force)
     checkpoint = open_source(source)
     where = checkpoint.path or "the source"
+    notes: list[str] = []
+    if yaml is not None or is_yolo(checkpoint):
+        checkpoint, notes = prepared(checkpoint, yaml, variant)
     blocks = identify(checkpoint)
     for block in blocks:
         if block.refusal:
             raise CheckpointError(f"{where}: {block}")
-    report = ConversionReport(source=checkpoint.path, variants=decide(blocks, variant, where))
+    chosen = decide(blocks, variant, where)
+    report = ConversionReport(source=checkpoint.path, variants=chosen, notes=notes)
     if not blocks:
         report.notes.append("no attention block found; the tensors were laid out by the leaf table")
     tensors = {

@@ -16,6 +16,7 @@ from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.into_flax import load_torch
 from gam_flax.convert.rename import aliases, renamed
 from gam_flax.convert.saved import build
+from gam_flax.convert.yolo import is_yolo, prepared
 
 if TYPE_CHECKING:
     from gam_flax.parity.report import ParityReport
@@ -48,6 +49,8 @@ def verify_model(
         name: one of `list_models()`; its classes, its input channels and the place and kind of
             its attention are read from the weights. None where the file names its constructor.
     """
+    if name is None and is_yolo(checkpoint):
+        checkpoint, _ = prepared(checkpoint, variant=variant)
     blocks = identify(checkpoint)
     variants = decide(blocks, variant, checkpoint.path)
     tensors = canonical_tensors(checkpoint, blocks)
@@ -140,7 +143,8 @@ def _compare_twins(
     if wrong:
         raise CheckpointError(f"{where}: {shorten(wrong[0])} has no partner in the torch twin")
     if shape is None:
-        side = max(32, 2 * torch_model.stages[-1].stride)
+        stages = getattr(torch_model, "stages", None)
+        side = max(32, 2 * stages[-1].stride) if stages else 2 * max(torch_model.strides)
         shape = (2, side, side, torch_model.in_channels)
     inputs = np.random.default_rng(0).standard_normal(shape)
     return compare(torch_model, flax_model, inputs)

@@ -16,6 +16,7 @@ from gam_flax.convert.into_flax import load_torch
 from gam_flax.convert.source import open_source
 from gam_flax.models.registry import MODELS, create_model, list_models
 from gam_flax.models.resnet import ResNet
+from gam_flax.models.yolov5 import YOLOv5
 from gam_flax.train.data import Data
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.settings import Settings
@@ -68,13 +69,20 @@ def _stem(name: str, side: int) -> dict[str, Any]:
     return {"stem": "cifar"} if make is ResNet and "stem" not in preset and side <= SMALL else {}
 
 
+def _head(model: nnx.Module) -> str:
+    """The path of the layer that knows the classes."""
+    if isinstance(model, YOLOv5):
+        return f"model.{len(model.model) - 1}"
+    return "fc" if isinstance(model, ResNet) else "classifier"
+
+
 def _fill(model: nnx.Module, settings: Settings, say: Callable[[str], None]) -> None:
     source = open_source(settings.init)
     keep = settings.fresh
     if settings.init_step is not None:
         keep = ()
     elif keep is None:
-        head = "fc" if isinstance(model, ResNet) else "classifier"
+        head = _head(model)
         keep = (head,) if identify(source) else (head, "attention")
     report = load_torch(model, source, variant=settings.variant, keep=keep)
     fresh = ", ".join(keep) or "nothing"

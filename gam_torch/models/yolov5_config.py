@@ -205,7 +205,7 @@ def _plain(value: Any) -> Any:
     return [_plain(inner) for inner in value] if _is_list(value) else value
 
 
-def lines_of(config: Mapping[str, Any]) -> list[list[Any]]:
+def lines_of(config: Mapping[str, Any]) -> list[Any]:
     """The lines of backbone and head, in the order of their indices."""
     return [*config["backbone"], *config["head"]]
 

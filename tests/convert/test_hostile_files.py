@@ -66,7 +66,7 @@ def _payloads(canary: str) -> dict[str, Any]:
         "subprocess.Popen": attacks.Call(subprocess.Popen, ["touch", canary]),
         "builtins.eval": attacks.Call(builtins.eval, python),
         "builtins.exec": attacks.Call(builtins.exec, python),
-        "builtins.getattr": attacks.Call(builtins.getattr, os, "system"),
+        "builtins.setattr": attacks.Call(builtins.setattr, os, "x", 1),
         "importlib.import_module": attacks.Call(importlib.import_module, "antigravity"),
         "io.open": attacks.Call(open, canary, "w"),
         "shutil.copy": attacks.Call(shutil.copy, sys.executable, canary),
@@ -80,7 +80,7 @@ def test_functions_of_the_standard_library_are_refused_by_name(tmp_path, contain
     payload = _payloads(str(canary))[wanted]
     contents = {"state_dict": {"w": payload}, "extra": payload}
     path = tmp_path / "best.pt"
-    with contextlib.suppress(TypeError):  # a module, the argument of getattr, does not pickle
+    with contextlib.suppress(TypeError):  # a module, the argument of setattr, does not pickle
         path.write_bytes(container(pickle.dumps(contents, protocol=2)))
     if not path.exists():
         path.write_bytes(container(attacks.program(attacks.name(*wanted.split(".")))))
