@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from gam_flax.convert.files import whole_file
-from gam_flax.train import read_data
+from gam_flax.train import DataSet, read_data
 from gam_flax.train.data import DEBIAN_FASHION
 
 
@@ -20,6 +20,7 @@ def few_pictures(folder: Path, train: int = 2000, test: int = 1000) -> Path:
     """
     if DEBIAN_FASHION.exists():
         data = read_data("fashion-mnist")
+        assert isinstance(data, DataSet)
         some = [(data.train, range(train)), (data.test, range(test))]
         images = [np.stack([part[i]["image"] for i in rows]) for part, rows in some]
         labels = [part.labels[: len(rows)] for part, rows in some]

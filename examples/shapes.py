@@ -13,7 +13,10 @@ from rich.progress import track
 
 CLASSES = ("disc", "triangle", "square")
 COLOURS = {"disc": (214, 39, 40), "triangle": (44, 160, 44), "square": (31, 119, 180)}
-PHOTOGRAPHS = {"train": ("coffee", "rocket", "chelsea"), "val": ("astronaut", "camera")}
+PHOTOGRAPHS = {
+    "train": ("coffee", "rocket", "chelsea", "retina", "brick"),
+    "val": ("astronaut", "camera"),
+}
 """Of scikit-image; the held-out pictures have other photographs behind them."""
 
 CORNERS = {"disc": 48, "triangle": 3, "square": 4}

@@ -18,6 +18,7 @@ from gam_flax.convert.errors import CheckpointError, shorten
 from gam_flax.convert.files import check_free, whole_file
 from gam_flax.convert.layouts import VARIANTS
 from gam_flax.convert.source import open_source
+from gam_flax.detection.command import detect
 from gam_flax.export.command import export
 from gam_flax.maps.command import maps
 from gam_flax.train.command import train
@@ -32,7 +33,7 @@ app = typer.Typer(
 console = Console(soft_wrap=True)
 
 EXTRAS = {"torch": "torch", "matplotlib": "plots", "PIL": "images", "tensorboardX": "tensorboard"}
-EXTRAS["flatbuffers"] = "export"
+EXTRAS |= {"flatbuffers": "export", "pycocotools": "detection"}
 EXTRAS |= dict.fromkeys(LIBRARIES, "train")
 """Library → what to install it with."""
 
@@ -411,6 +412,7 @@ def _block_table(blocks: list[Block]) -> Table:
 
 
 app.command()(train)
+app.command()(detect)
 app.command()(maps)
 app.command()(export)
 

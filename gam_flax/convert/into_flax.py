@@ -72,9 +72,10 @@ def load_torch(
             unexpected or of another shape, at once.
     """
     modules, variables = nnx_modules(model), nnx_variables(model)
-    if rename is None and hasattr(model, "config"):
+    config = getattr(model, "config", None)
+    if rename is None and config is not None and hasattr(model, "decode"):
         source = open_source(source)
-        rename = moves(model.config, source.tensors)
+        rename = moves(config, source.tensors)
     turned = turned_kernels(model)
     places = [
         Leaf(path, v.shape, np.dtype(v.dtype), path in turned) for path, v in variables.items()

@@ -50,7 +50,7 @@ def prepared(
     )
     tensors, notes = _without_wrappers(checkpoint.tensors)
     try:
-        read = read_config(arguments.get("config") if config is None else config)
+        read = read_config(config if config is not None else arguments.get("config", {}))
     except (ValueError, TypeError) as error:
         raise CheckpointError(f"{where}: its YAML: {shorten(error, 250)}") from error
     notes += _notices(read, where)

@@ -1,10 +1,14 @@
 from .boxes import box_iou as box_iou
 from .boxes import complete_iou as complete_iou
 from .boxes import xywh_to_xyxy as xywh_to_xyxy
+from .detector import Detector as Detector
+from .detector import Found as Found
+from .drawing import draw_boxes as draw_boxes
 from .letterbox import Letterboxed as Letterboxed
 from .letterbox import letterbox as letterbox
 from .letterbox import undo as undo
 from .loss import DetectionLoss as DetectionLoss
 from .loss import detection_loss as detection_loss
+from .precision import mean_average_precision as mean_average_precision
 from .suppression import Detections as Detections
 from .suppression import non_maximum_suppression as non_maximum_suppression

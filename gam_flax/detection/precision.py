@@ -38,7 +38,7 @@ def mean_average_precision(pictures: Sequence[Mapping[str, np.ndarray]]) -> dict
     images = [{"id": i} for i in range(len(pictures))]
     names = sorted({truth["category_id"] for truth in truths})
     with contextlib.redirect_stdout(io.StringIO()):  # it prints how long it took
-        known = COCO()
+        known: Any = COCO()
         categories = [{"id": name} for name in names]
         known.dataset = {"images": images, "annotations": truths, "categories": categories}
         known.createIndex()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ Batch = dict[str, np.ndarray]
 
 
 def training_batches(
-    pictures: Sized,
+    pictures: Any,
     *,
     batch_size: int,
     seed: int,
@@ -55,7 +55,7 @@ def _first(shuffled: Any, length: int) -> Any:
 
 
 def evaluation_batches(
-    pictures: Sized,
+    pictures: Any,
     *,
     batch_size: int,
     change: Callable[[Batch], Batch],
