@@ -20,10 +20,12 @@ Option = typer.Option
 
 
 def train(
-    data: Annotated[str, Option(help="fashion-mnist, mnist, cifar10, cifar100, arrays, folder.")],
+    data: Annotated[
+        str, Option(help="fashion-mnist, mnist, cifar10, cifar100, arrays, folder, yolo.")
+    ],
     out: Annotated[Path, Option(help="Folder of the run; one that stopped goes on.")],
     data_dir: Annotated[Path | None, Option(help="Where the data are.")] = None,
-    model: Annotated[str, Option(help="Network, see `gam-flax summary`.")] = "resnet18",
+    model: Annotated[str, Option(help="Network, see `gam-flax summary`, or a YAML.")] = "resnet18",
     attention: Annotated[str | None, Option(help="gam, cbam, se or bam.")] = None,
     model_options: Annotated[
         str, Option(help='JSON: further arguments of the network, {"identity_start": true}.')

@@ -20,7 +20,7 @@ class Result:
 
     step: updates made.
     finished: False where it was stopped; the same call goes on.
-    accuracy: on the test pictures at the end; None where it was stopped.
+    accuracy: on the test pictures at the end, of a detector mAP@0.5; None where it was stopped.
     best_accuracy: the highest at the end of an epoch; None before the first.
     """
 

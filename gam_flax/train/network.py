@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -21,6 +22,7 @@ from gam_flax.train.data import Data
 from gam_flax.train.errors import TrainingError
 from gam_flax.train.settings import Settings
 from gam_flax.train.step import wide_type
+from gam_flax.train.yolo_folder import LabelledData
 
 SMALL = 64
 """A ResNet of pictures up to this side, in pixels, has the CIFAR stem."""
@@ -36,8 +38,9 @@ def build_network(settings: Settings, data: Data, say: Callable[[str], None]) ->
         TrainingError: no such network or block, or the network refuses its options.
         CheckpointError: `settings.init` cannot be read, or is of another network.
     """
+    yaml = Path(settings.model).suffix in (".yaml", ".yml")
     for name, value, known in (
-        ("model", settings.model, list_models()),
+        ("model", "yolov5n" if yaml else settings.model, list_models()),
         ("attention", settings.attention, [None, *list_attentions()]),
     ):
         if value not in known:
@@ -45,9 +48,10 @@ def build_network(settings: Settings, data: Data, say: Callable[[str], None]) ->
             raise TrainingError(f"{name} {shorten(value)}: must be one of {names}")
     if settings.dtype == "float64" and not jax.config.read("jax_enable_x64"):
         raise TrainingError("dtype float64: say JAX_ENABLE_X64=1 in the environment")
+    chosen = {"config": settings.model} if yaml else _stem(settings.model, data.side)
     try:
         model = create_model(
-            settings.model,
+            "yolov5n" if yaml else settings.model,
             attention=settings.attention,
             num_classes=len(data.classes),
             in_channels=data.channels,
@@ -55,10 +59,13 @@ def build_network(settings: Settings, data: Data, say: Callable[[str], None]) ->
             dtype=None if settings.dtype == "float32" else jnp.dtype(settings.dtype),
             param_dtype=wide_type(settings.dtype),
             rngs=nnx.Rngs(settings.seed),
-            **{**_stem(settings.model, data.side), **settings.model_options},
+            **{**chosen, **settings.model_options},
         )
     except (TypeError, ValueError) as error:
         raise TrainingError(f"model {settings.model}: {shorten(error, 200)}") from error
+    if isinstance(data, LabelledData) != isinstance(model, YOLOv5):
+        wanted = "a detector, such as yolov5n" if isinstance(data, LabelledData) else "a classifier"
+        raise TrainingError(f"model {settings.model}: data {settings.data} wants {wanted}")
     if settings.init is not None:
         _fill(model, settings, say)
     return model

@@ -30,8 +30,8 @@ class Settings:
     Args:
         data: kind of data, see `read_data`.
         data_dir: where it lies; None for the kind's own place.
-        side: of a folder's pictures, in pixels.
-        model: a name of `list_models()`.
+        side: of a folder's pictures, in pixels, also of those with boxes.
+        model: a name of `list_models()`, or a YOLOv5's YAML file.
         attention: a name of `list_attentions()`, or None.
         model_options: further arguments of the network. ResNets get the CIFAR stem for pictures
             of up to 64 pixels, unless these say otherwise.
@@ -50,7 +50,8 @@ class Settings:
             mean. BatchNorm sees a part at a time.
         seed: of the parameters, the order, the augmentation and dropout.
         crop: black pixels around the picture, out of which a random part is cut; None for an
-            eighth of its side (4 of 32, as in the papers), 0 for folders.
+            eighth of its side (4 of 32, as in the papers), 0 for folders. Pictures with boxes are
+            scaled and moved instead.
         flip: mirror half of the pictures; None for what suits the data (not digits).
         optimizer: "sgd" (with `momentum`, Nesterov) or "adamw".
         learning_rate: the highest; None for 0.1 with sgd, 0.001 with adamw.
