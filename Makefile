@@ -27,6 +27,7 @@ bench: $(VENV)/.test
 	$(BIN)/python -m benchmarks.load_resnet50
 	$(BIN)/python -m benchmarks.gam_block
 	$(BIN)/python -m benchmarks.gam_block_gpu
+	$(BIN)/python -m benchmarks.yolov5
 	$(BIN)/python -m benchmarks.growth
 	$(BIN)/python -m benchmarks.convolution_model check
 

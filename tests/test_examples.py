@@ -135,3 +135,11 @@ def test_09_missing_data_is_one_line(tmp_path):
     assert ran.returncode == 1
     assert ran.stderr.count("\n") == 1
     assert "train-images-idx3-ubyte.gz" in ran.stderr
+
+
+@pytest.mark.slow
+def test_10_both_frameworks_measure_the_same(tmp_path):
+    said = said_by("10_train_a_detector.py", cwd=tmp_path)
+    ours, theirs = (line_with(f"{name}: mAP@0.5", said) for name in ("Flax", "PyTorch"))
+    assert ours.removeprefix("Flax") == theirs.removeprefix("PyTorch")
+    assert list((tmp_path / "runs").glob("detector_*/detections.png"))
