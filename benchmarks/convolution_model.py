@@ -4,6 +4,8 @@
     python -m benchmarks.convolution_model fit        # prints the coefficients for choose.py
     python -m benchmarks.convolution_model check      # random shapes: chosen against plain
 
+`--machine` names the one that this runs on; choose.py has each by its name.
+
 Random convolutions are timed on this machine, plain and by a few random tilings each: forward
 and backward, and forward alone with the kernel's spectrum prepared. Coefficients are not
 negative and minimize the squared relative error. Only shapes, tilings and seconds are kept, so
@@ -27,12 +29,12 @@ import numpy as np
 from rich.progress import track
 
 from benchmarks import processes
+from benchmarks.floor import rates
 from gam_flax.ops.convolution import choose, direct, fourier
 from gam_flax.ops.convolution.choose import Shape
 from gam_flax.ops.convolution.fourier import Tiling
 
 RESULTS = Path(__file__).parent / "results"
-MEASURED = RESULTS / "convolution_measured.json"
 
 
 class Row(NamedTuple):
@@ -58,11 +60,16 @@ class Row(NamedTuple):
         return cls(kind, seconds, Shape(batch, *pairs, *rest), read)
 
 
-def recorded() -> tuple[dict[str, Any], list[Row]]:
+def measured(machine: str) -> Path:
+    return RESULTS / f"convolution_measured_{machine}.json"
+
+
+def recorded(machine: str) -> tuple[dict[str, Any], list[Row]]:
     """The machine, and what was measured on it."""
-    if not MEASURED.exists():
-        return processes.machine(), []
-    kept = json.loads(MEASURED.read_text())
+    if not measured(machine).exists():
+        products, memory = rates()
+        return {**processes.machine(), "products": products, "memory": memory}, []
+    kept = json.loads(measured(machine).read_text())
     return kept["machine"], [Row.read(*row) for row in kept["rows"]]
 
 
@@ -72,8 +79,8 @@ def record(path: Path, head: dict[str, Any], rows: Sequence[Any]) -> None:
     path.write_text(f'{json.dumps(head)[:-1]}, "rows": [\n{lines}\n]}}\n')
 
 
-def random_shape(rng: np.random.Generator) -> Shape:
-    """A convolution as networks have them, of at most some 10 GFLOP."""
+def random_shape(rng: np.random.Generator, most: float) -> Shape:
+    """A convolution as networks have them, of at most `most` FLOP."""
     while True:
         k = int(rng.choice([3, 5, 7, 7, 7, 9]))
         half = k // 2
@@ -89,7 +96,7 @@ def random_shape(rng: np.random.Generator) -> Shape:
         cost = choose.plain_features(shape)
         flops = 2 * (cost.products + cost.naive)
         numbers = cost.numbers + cost.kernel
-        if 1e7 < flops < 2e10 and numbers < 3e7:
+        if 1e7 < flops < most and numbers < 3e7:
             return shape
 
 
@@ -115,7 +122,14 @@ def median(run: Callable[..., Any], *args: Any, rounds: int = 3) -> float:
 
 
 def with_gradients(way: Callable[..., jax.Array]) -> Callable[..., Any]:
-    return jax.jit(lambda x, kernel, g: jax.vjp(way, x, kernel)[1](g))
+    """The result and both gradients, as a step of training wants them."""
+
+    @jax.jit
+    def run(x: jax.Array, kernel: jax.Array, g: jax.Array) -> Any:
+        y, back = jax.vjp(way, x, kernel)
+        return y, back(g)
+
+    return run
 
 
 def plain(shape: Shape) -> Callable[..., jax.Array]:
@@ -163,13 +177,12 @@ def promising(
     costs = {
         t: features(shape, t, is_prepared) for t in choose.tilings(shape, prepared=is_prepared)
     }
-    model = choose.PREPARED if is_prepared else choose.FOURIER
     some = [
         tiling
         for tiling, cost in costs.items()
         if cost.products < 2e10 and cost.spectrum < 3e8 and cost.transforms < 2e10
     ]
-    some.sort(key=lambda tiling: choose.seconds(costs[tiling], model))
+    some.sort(key=lambda tiling: choose.share(shape, tiling, prepared=is_prepared))
     order = rng.permutation(max(tries, len(some) // 2))
     return [some[index] for index in order if index < len(some)][:tries]
 
@@ -235,16 +248,17 @@ def turns(one: Callable[..., Any], other: Callable[..., Any], *args: Any, rounds
     return float(np.median(times[0]) / np.median(times[1]))
 
 
-def measure_more(shapes: list[Shape], rng: np.random.Generator, tries: int) -> None:
-    on, rows = recorded()
+def measure_more(shapes: list[Shape], rng: np.random.Generator, tries: int, machine: str) -> None:
+    on, rows = recorded(machine)
     for shape in track(shapes, "measuring"):
         rows += measure(shape, rng, tries)
-        record(MEASURED, {"machine": on}, rows)
+        record(measured(machine), {"machine": on}, rows)
 
 
-def check_all(shapes: list[Shape], rng: np.random.Generator) -> None:
+def check_all(shapes: list[Shape], rng: np.random.Generator, machine: str) -> None:
+    on = processes.machine()
     rows = [check(shape, rng) for shape in track(shapes, "checking")]
-    record(RESULTS / "convolution_check.json", {"machine": processes.machine()}, rows)
+    record(RESULTS / f"convolution_check_{machine}.json", {"machine": on}, rows)
     for kind in ("training", "forward", "prepared"):
         some = [row for row in rows if kind in row]
         if some:
@@ -259,18 +273,20 @@ def check_all(shapes: list[Shape], rng: np.random.Generator) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("what", choices=["measure", "fit", "check"])
+    parser.add_argument("--machine", default="here", help="a word for it, in names of files")
     parser.add_argument("--shapes", type=int, default=200)
+    parser.add_argument("--most", type=float, default=2e10, help="FLOP of the largest")
     parser.add_argument("--tries", type=int, default=2, help="tilings a shape")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     rng = np.random.default_rng(args.seed)
-    shapes = [random_shape(rng) for _ in range(args.shapes)]
+    shapes = [random_shape(rng, args.most) for _ in range(args.shapes)]
     if args.what == "measure":
-        measure_more(shapes, rng, args.tries)
+        measure_more(shapes, rng, args.tries, args.machine)
     elif args.what == "check":
-        check_all(shapes, rng)
+        check_all(shapes, rng, args.machine)
     else:
-        print(json.dumps(fit(recorded()[1]), indent=1))
+        print(json.dumps(fit(recorded(args.machine)[1]), indent=1))
     return 0
 
 

@@ -16,7 +16,11 @@ def draw(rows: Mapping[str, list[dict[str, Any]]], path: Path, *, said: str) -> 
     """rows: kind of work → shapes with `name`, `speed` and, perhaps, `possible`, both ratios."""
     lines = sum(len(some) + 1.6 for some in rows.values())
     figure = Figure(figsize=(10, 0.27 * lines + 1.6), layout="constrained")
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    floors = any("possible" in row for some in rows.values() for row in some)
+    panels = figure.subplots(
+        1, 1 + floors, sharey=True, squeeze=False, width_ratios=[3, 2][: 1 + floors]
+    )[0]
+    left, right = panels[0], panels[-1]
     places, names, at = [], [], 0.0
     for work, some in rows.items():
         left.text(
@@ -43,9 +47,10 @@ def draw(rows: Mapping[str, list[dict[str, Any]]], path: Path, *, said: str) -> 
     left.axvline(1, color="black", linewidth=1)
     left.set_xlabel("times as fast as the fastest of PyTorch's three (1 = as fast)")
     left.set_ylabel("batch, channels, side")
-    right.set_xlim(0, 100)
-    right.set_xlabel("of what the machine could do, %")
-    for axes in (left, right):
+    if floors:
+        right.set_xlim(0, 100)
+        right.set_xlabel("of what the machine could do, %")
+    for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.margins(x=0.12)
     figure.suptitle(said, fontsize=10)

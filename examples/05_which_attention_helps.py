@@ -1,13 +1,15 @@
-"""Which attention helps, and by how much? One network, one budget, several seeds, five answers.
+"""Which attention helps, and by how much? One network, one budget, several seeds, six answers.
 
-    python examples/05_which_attention_helps.py                     a taste, which proves nothing:
-                                                    few pictures, and a network of two stages
-    python examples/05_which_attention_helps.py --full --seeds 5    all of Fashion-MNIST, hours
+    python examples/05_which_attention_helps.py                  a taste, which proves nothing:
+                                                 few pictures, and a network of two stages
+    python examples/05_which_attention_helps.py --budget hour --seeds 3     docs/attention.md has it
+    python examples/05_which_attention_helps.py --budget full --seeds 5     hours; all the pictures
 
-ResNet-8 with nothing, SE, CBAM, BAM, or GAM (a sigmoid on both gates) in every block, all with
-ratio 4, the same pictures in the same order, the same steps. A seed draws the weights and the
-order; differences from "none" are taken seed by seed. Stopped, it goes on where it was, and runs
-that are finished are kept: more --seeds add to what there is.
+ResNet-8 with nothing, SE, CBAM, BAM, or GAM in every block, GAM with a sigmoid on its channel gate
+as in the paper and without one as in most code; all with ratio 4, the same pictures in the same
+order, the same steps. A seed draws the weights and the order; differences from "none" are taken
+seed by seed. Stopped, it goes on where it was, and runs that are finished are kept: more --seeds
+add to what there is.
 
 It leaves comparison.md and comparison.png in --out.
 """
@@ -18,7 +20,7 @@ import argparse
 import json
 from pathlib import Path
 from statistics import mean, median, stdev
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from fashion import few_pictures
@@ -30,7 +32,32 @@ from gam_flax.convert import load
 from gam_flax.convert.files import whole_file
 from gam_flax.train import Settings, fit, read_metrics
 
-ATTENTIONS = {"none": None, "SE": "se", "CBAM": "cbam", "BAM": "bam", "GAM": "gam"}
+ATTENTIONS: dict[str, dict[str, Any]] = {
+    "none": {},
+    "SE": {"attention": "se"},
+    "CBAM": {"attention": "cbam"},
+    "BAM": {"attention": "bam"},
+    "GAM, paper": {"attention": "gam", "channel_gate": "sigmoid"},
+    "GAM, code": {"attention": "gam", "channel_gate": "identity"},
+}
+"""Name → the block, and its options beside the ratio."""
+
+
+class Budget(NamedTuple):
+    """pictures: to train on and to test on, of Fashion-MNIST; None for all.
+    network: arguments of ResNet-8."""
+
+    pictures: tuple[int, int] | None
+    epochs: int
+    batch_size: int
+    network: dict[str, Any] = {}
+
+
+BUDGETS = {
+    "taste": Budget((2000, 1000), 2, 25, {"layers": [1, 1], "widths": [16, 32]}),
+    "hour": Budget((10_000, 10_000), 4, 64),
+    "full": Budget(None, 12, 128),
+}
 
 RATIO = {"ratio": 4}
 
@@ -99,22 +126,33 @@ def picture(runs: Runs) -> Figure:
     return figure
 
 
+def settings_of(name: str, seed: int, budget: Budget, data: dict[str, Any]) -> Settings:
+    """A run: all are alike but for the attention and the seed."""
+    attention = {**ATTENTIONS[name]}
+    block = attention.pop("attention", None)
+    return Settings(
+        **data,
+        model="resnet8",
+        attention=block,
+        model_options={**budget.network, "attention_options": attention | RATIO if block else {}},
+        epochs=budget.epochs,
+        batch_size=budget.batch_size,
+        warmup=budget.epochs / 8,
+        seed=seed,
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare attention blocks at equal budgets.")
+    parser.add_argument("--budget", choices=list(BUDGETS), default="taste")
     parser.add_argument("--seeds", type=int, default=2)
-    parser.add_argument("--epochs", type=int, default=2, help="of the taste")
-    parser.add_argument("--full", action="store_true", help="all pictures, 12 epochs")
     parser.add_argument("--out", type=Path, default=Path("runs/comparison"))
     options = parser.parse_args()
 
-    out = options.out / ("full" if options.full else "taste")
-    data = {"data": "fashion-mnist"}
-    budget = {"epochs": 12, "batch_size": 128, "warmup": 1.0}
-    network = {}
-    if not options.full:
-        data = {"data": "arrays", "data_dir": str(few_pictures(out))}
-        budget = {"epochs": options.epochs, "batch_size": 25, "warmup": 0.5}
-        network = {"layers": [1, 1], "widths": [16, 32]}
+    out, budget = options.out / options.budget, BUDGETS[options.budget]
+    data: dict[str, Any] = {"data": "fashion-mnist"}
+    if budget.pictures is not None:
+        data = {"data": "arrays", "data_dir": str(few_pictures(out, *budget.pictures))}
     # Seeds differ in numbers alone: what is compiled for one serves all.
     jax.config.update("jax_compilation_cache_dir", str((out / "compiled").absolute()))
 
@@ -122,15 +160,8 @@ def main() -> None:
     planned = [(seed, name) for seed in range(options.seeds) for name in ATTENTIONS]
     for number, (seed, name) in enumerate(planned, 1):
         console.rule(f"run {number} of {len(planned)}: {name}, seed {seed}")
-        settings = Settings(
-            **data,
-            **budget,
-            model="resnet8",
-            attention=ATTENTIONS[name],
-            model_options={**network, "attention_options": RATIO if ATTENTIONS[name] else {}},
-            seed=seed,
-        )
-        found = one_run(settings, out / f"{name}-{seed}")
+        settings = settings_of(name, seed, budget, data)
+        found = one_run(settings, out / f"{name.replace(', ', '-')}-{seed}")
         if found is None:
             return
         runs[name].append(found)

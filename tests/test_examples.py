@@ -70,13 +70,16 @@ def test_04_trains_and_goes_on(tmp_path):
 
 @pytest.mark.slow
 def test_05_compares_and_keeps_what_is_finished(tmp_path):
-    words = ("05_which_attention_helps.py", "--epochs", 1)
+    words = ("05_which_attention_helps.py",)
     said = said_by(*words, "--seeds", 1, cwd=tmp_path)
     more = said_by(*words, "--seeds", 2, cwd=tmp_path)
-    assert said.count("a new run") == more.count("a new run") == 5
+    assert said.count("a new run") == more.count("a new run") == 6
     out = tmp_path / "runs" / "comparison" / "taste"
-    rows = [line.split("|")[1:-1] for line in (out / "comparison.md").read_text().splitlines()[2:7]]
-    assert [row[0].strip() for row in rows] == ["none", "SE", "CBAM", "BAM", "GAM"]
+    rows = [line.split("|")[1:-1] for line in (out / "comparison.md").read_text().splitlines()[2:8]]
+    assert [row[0].strip() for row in rows] == [
+        *("none", "SE", "CBAM", "BAM"),
+        *("GAM, paper", "GAM, code"),
+    ]
     assert all("±" in row[2] and "?" not in row[2] for row in rows)
     parameters = [int(row[1].replace(",", "")) for row in rows]
     assert parameters == sorted(parameters)

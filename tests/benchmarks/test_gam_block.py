@@ -76,8 +76,9 @@ def test_an_exponent_is_that_of_a_power():
     assert growth.exponent((2, 4, 8), [3 * 2**1.5, 3 * 4**1.5, 3 * 8**1.5]) == pytest.approx(1.5)
 
 
-def test_the_cost_model_is_the_one_that_was_measured():
+@pytest.mark.parametrize("machine", choose.MACHINES, ids=lambda machine: machine.name)
+def test_the_cost_model_is_the_one_that_was_measured(machine):
     """The coefficients in choose.py are those of the recorded measurements."""
-    models = convolution_model.fit(convolution_model.recorded()[1])
+    models = convolution_model.fit(convolution_model.recorded(machine.name)[1])
     for name, found in models.items():
-        assert getattr(choose, name.upper()) == pytest.approx(found["model"], rel=0.01), name
+        assert getattr(machine, name) == pytest.approx(found["model"], rel=0.01), name

@@ -72,8 +72,9 @@ NETWORKS = {
 
 def prepare_all(monkeypatch):
     """Fourier tiles also for what is too small to gain: a test has no time for what gains."""
-    monkeypatch.setattr(choose, "PLAIN", choose.PlainCost(*[1.0] * 6))
-    monkeypatch.setattr(choose, "PLAIN_FORWARD", choose.PlainCost(*[1.0] * 6))
+    slow = choose.PlainCost(*[1.0] * 6)
+    machines = [one._replace(plain=slow, plain_forward=slow) for one in choose.MACHINES]
+    monkeypatch.setattr(choose, "MACHINES", tuple(machines))
 
 
 @pytest.mark.parametrize("optimized", [False, True], ids=["plain", "optimized"])

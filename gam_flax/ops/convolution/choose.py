@@ -1,4 +1,5 @@
-"""Which way to compute a convolution on a CPU: a cost model, fitted to measurements."""
+"""Which way to compute a convolution on a CPU: a cost model, fitted to measurements of machines
+that differ. A way is taken only where it is the faster one on each of them."""
 
 from __future__ import annotations
 
@@ -113,13 +114,29 @@ class Cost(NamedTuple):
     far: float
 
 
-PLAIN_FORWARD = PlainCost(5.05e-12, 4.94e-11, 9e-11, 1.88e-11, 2.42e-10, 4.35e-10)
-PLAIN = PlainCost(1.15e-11, 6.94e-11, 2.69e-10, 5.57e-11, 1.91e-9, 1.81e-9)
-FOURIER = Cost(9.78e-12, 1.89e-11, 2.42e-9, 7.6e-10, 6.38e-6, 1.36e-9)
-PREPARED = Cost(1.26e-11, 6.61e-12, 5.89e-11, 1.82e-10, 6e-6, 4.16e-10)
-"""Seconds for each of what is counted: forward and backward, but for PLAIN_FORWARD and PREPARED,
-which are forward alone. `python -m benchmarks.convolution_model` measured and fitted them, from
-random convolutions on two cores of an AMD EPYC 9005 with jax 0.10.2; only their ratios matter."""
+class Machine(NamedTuple):
+    """Seconds for each of what is counted, on one machine: `plain` and `fourier` forward and
+    backward, `plain_forward` and `prepared` forward alone. Only their ratios matter."""
+
+    name: str
+    plain_forward: PlainCost
+    plain: PlainCost
+    fourier: Cost
+    prepared: Cost
+
+
+MACHINES = (
+    Machine(
+        "epyc-9005",
+        PlainCost(5.05e-12, 4.94e-11, 9e-11, 1.88e-11, 2.42e-10, 4.35e-10),
+        PlainCost(1.15e-11, 6.94e-11, 2.69e-10, 5.57e-11, 1.91e-9, 1.81e-9),
+        Cost(9.78e-12, 1.89e-11, 2.42e-9, 7.6e-10, 6.38e-6, 1.36e-9),
+        Cost(1.26e-11, 6.61e-12, 5.89e-11, 1.82e-10, 6e-6, 4.16e-10),
+    ),
+)
+"""Two cores of an AMD EPYC each, with jax 0.10.2: one with 536 GFLOP/s of products and 73 GB/s of
+memory, one with 70 and 23. `python -m benchmarks.convolution_model` measured random convolutions
+and fitted these; see there for others."""
 
 
 def plain_features(shape: Shape) -> PlainCost:
@@ -173,6 +190,14 @@ def seconds(cost: tuple[float, ...], model: tuple[float, ...]) -> float:
     return float(np.dot(cost, model))
 
 
+def share(shape: Shape, tiling: Tiling, *, prepared: bool = False) -> float:
+    """The part of plain's time that tiles take: the largest that a machine of `MACHINES` says."""
+    plain, tiles = plain_features(shape), fourier_features(shape, tiling, prepared=prepared)
+    if prepared:
+        return max(seconds(tiles, m.prepared) / seconds(plain, m.plain_forward) for m in MACHINES)
+    return max(seconds(tiles, m.fourier) / seconds(plain, m.plain) for m in MACHINES)
+
+
 @lru_cache(maxsize=4096)
 def best_tiling(
     shape: Shape, *, prepared: bool = False, periods: tuple[int, int] | None = None
@@ -183,7 +208,7 @@ def best_tiling(
     """
     return min(
         tilings(shape, prepared=prepared, periods=periods),
-        key=lambda tiling: _fourier_seconds(shape, tiling, prepared=prepared),
+        key=lambda tiling: share(shape, tiling, prepared=prepared),
         default=None,
     )
 
@@ -191,16 +216,13 @@ def best_tiling(
 def cheapest_tiling(shape: Shape) -> Tiling | None:
     """`best_tiling` where it is cheaper than the plain convolution."""
     tiling = best_tiling(shape)
-    plain = seconds(plain_features(shape), PLAIN)
-    if tiling is None or _fourier_seconds(shape, tiling, prepared=False) > MARGIN * plain:
-        return None
-    return tiling
+    return None if tiling is None or share(shape, tiling) > MARGIN else tiling
 
 
 class Preparation(NamedTuple):
     """How a kernel may be kept for inference: as it is (None), or as its spectrum.
 
-    seconds: of a call. bytes: of the spectrum.
+    seconds: of a call on the first of `MACHINES`. bytes: of the spectrum.
     """
 
     periods: tuple[int, int] | None
@@ -210,22 +232,17 @@ class Preparation(NamedTuple):
 
 def preparations(shape: Shape) -> list[Preparation]:
     """As it is, and each period whose spectrum makes the convolution cheaper."""
-    plain = seconds(plain_features(shape), PLAIN_FORWARD)
+    plain = seconds(plain_features(shape), MACHINES[0].plain_forward)
     found = [Preparation(None, plain, 0)]
     for periods in {tiling.periods for tiling in tilings(shape, prepared=True)}:
         tiling = best_tiling(shape, prepared=True, periods=periods)
         assert tiling is not None
-        cost = _fourier_seconds(shape, tiling, prepared=True)
+        part = share(shape, tiling, prepared=True)
         pairs = shape.channels * shape.outputs // shape.groups
         numbers = 2 * (periods[0] // 2 + 1) * periods[1] * pairs
-        if cost < MARGIN * plain:
-            found.append(Preparation(periods, cost, numbers * shape.bytes))
+        if part < MARGIN:
+            found.append(Preparation(periods, part * plain, numbers * shape.bytes))
     return found
-
-
-def _fourier_seconds(shape: Shape, tiling: Tiling, *, prepared: bool) -> float:
-    cost = fourier_features(shape, tiling, prepared=prepared)
-    return seconds(cost, PREPARED if prepared else FOURIER)
 
 
 def tilings(
