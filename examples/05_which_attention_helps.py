@@ -55,7 +55,7 @@ class Budget(NamedTuple):
 
 BUDGETS = {
     "taste": Budget((2000, 1000), 2, 25, {"layers": [1, 1], "widths": [16, 32]}),
-    "hour": Budget((10_000, 10_000), 4, 64),
+    "hour": Budget((5_000, 5_000), 4, 64),
     "full": Budget(None, 12, 128),
 }
 

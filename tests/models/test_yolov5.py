@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import product
 from typing import Any
 
 import jax
@@ -49,21 +50,31 @@ def pictures(side: int = 64, batch: int = 2) -> np.ndarray:
     return np.random.default_rng(0).random((batch, side, side, 3))
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("options", [{}, {"variant": "reference"}], ids=["grouped", "reference"])
-def test_a_small_network_agrees_with_its_twin(options, train):
+KINDS = {"grouped": {}, "reference": {"variant": "reference"}}
+"""Options of the attention."""
+
+
+@pytest.mark.parametrize("kind, train", [("grouped", False), ("reference", True)])
+def test_a_small_network_agrees_with_its_twin(kind, train):
     """All outputs, running statistics and gradients, layer by layer, to 1e-12 of their scale."""
+    options = KINDS[kind]
     theirs, ours = twins(SMALL, attention="gam", attention_options=options, attention_at=(3, 6))
     report = compare(theirs, ours, pictures(32), train=train)
     assert report.ok, str(report)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("options", [{}, {"variant": "reference"}], ids=["grouped", "reference"])
-@pytest.mark.parametrize("name", ["yolov5n", "yolov5s"])
-def test_networks_with_gam_agree_with_their_twins(name, options, train):
-    theirs, ours = twins(name, attention="gam", attention_options=options, attention_at=NECK)
+NETWORKS = list(product(["yolov5n", "yolov5s"], KINDS, [False, True]))
+
+
+@pytest.mark.parametrize(
+    "name, kind, train",
+    [
+        pytest.param(*one, marks=[] if one == ("yolov5n", "grouped", True) else pytest.mark.slow)
+        for one in NETWORKS
+    ],
+)
+def test_networks_with_gam_agree_with_their_twins(name, kind, train):
+    theirs, ours = twins(name, attention="gam", attention_options=KINDS[kind], attention_at=NECK)
     report = compare(theirs, ours, pictures(), train=train)
     assert report.ok, str(report)
 

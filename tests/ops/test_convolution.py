@@ -87,6 +87,11 @@ def test_one_point_too_few_would_be_noticed(monkeypatch):
 
 WAYS = {
     "fourier": ({}, 1),
+    "pointwise": ({"padding": ((0, 0), (0, 0))}, 1),
+    "pointwise, strided": ({"padding": ((0, 0), (0, 0)), "strides": (2, 3)}, 1),
+    "piecewise": ({}, 1),
+    "piecewise, strided": ({"strides": (2, 1)}, 1),
+    "piecewise, more outputs": ({}, 1),
     "per_group": ({"groups": 2}, 2),
     "fourier, grouped": ({"groups": 2}, 2),
     "tap_by_tap": ({"groups": 6}, 6),
@@ -95,10 +100,13 @@ WAYS = {
 
 
 @pytest.fixture(params=WAYS)
-def both(request):
+def both(request, monkeypatch):
     """The plain convolution and another way to compute it, x and kernel."""
     options, groups = WAYS[request.param]
-    x, kernel = draw_arrays(1, 2, (9, 11), (5, 3), 6 // groups, 6)
+    size = (1, 1) if request.param.startswith("pointwise") else (5, 3)
+    outputs = 8 if request.param.endswith("more outputs") else 6
+    monkeypatch.setattr(direct, "CACHED", 200)  # a picture at a time
+    x, kernel = draw_arrays(1, 2, (9, 11), size, 6 // groups, outputs)
     x = draw_arrays(2, 2, (9, 11), (1, 1), 6, 1)[0]
     options = {"padding": ((2, 2), (1, 1)), **options}
     name = request.param.partition(",")[0]

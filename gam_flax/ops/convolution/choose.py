@@ -76,6 +76,11 @@ class Shape(NamedTuple):
         return self.groups > 1 and self.groups == self.channels == self.outputs
 
     @property
+    def pointwise(self) -> bool:
+        bare = self.padding == ((0, 0), (0, 0)) and self.kernel_size == (1, 1)
+        return bare and self.groups == 1 and self.known
+
+    @property
     def pixels(self) -> int:
         """Of all outputs."""
         return self.batch * math.prod(

@@ -16,13 +16,17 @@ from gam_flax.ops.convolution import direct, fourier
 from gam_flax.ops.convolution.choose import Shape, best_tiling, cheapest_tiling
 from gam_flax.ops.convolution.fourier import Padding
 
-Algorithm = Literal["auto", "direct", "plain", "per_group", "tap_by_tap", "fourier"]
+Algorithm = Literal[
+    "auto", "direct", "plain", "piecewise", "per_group", "pointwise", "tap_by_tap", "fourier"
+]
 """
 - plain: `lax.conv_general_dilated`.
-- per_group: one plain convolution a group.
+- piecewise: plain, the kernel's gradient a few pictures at a time; not grouped.
+- per_group: one such convolution a group.
+- pointwise: a product at every pixel; kernels of one pixel, not grouped or padded.
 - tap_by_tap: shifted pictures, added; depthwise convolutions only.
 - fourier: a product per frequency and group, tile by tile, see `fourier.py`.
-- direct: tap by tap, a group at a time, or plain, whichever suits it.
+- direct: one of these but for the last, whichever suits it.
 - auto: on a CPU whichever the cost model of `choose.py` finds cheapest; elsewhere plain.
 """
 
@@ -99,6 +103,8 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
     auto = algorithm in ("auto", "direct")
     if shape.depthwise and (auto or algorithm == "tap_by_tap"):
         return partial(direct.tap_by_tap, strides=shape.strides, padding=shape.padding)
+    if shape.pointwise and (auto or algorithm == "pointwise"):
+        return partial(direct.pointwise, strides=shape.strides)
     tiling = _tiling(shape, algorithm)
     if tiling is not None:
         return partial(fourier.correlate, padding=shape.padding, tiling=tiling, groups=shape.groups)
@@ -106,6 +112,8 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
         return partial(
             direct.per_group, strides=shape.strides, padding=shape.padding, groups=shape.groups
         )
+    if shape.groups == 1 and shape.known and (auto or algorithm == "piecewise"):
+        return lambda x, kernel: direct.piecewise(x, kernel, shape.strides, shape.padding)
     return None
 
 

@@ -1,6 +1,9 @@
-"""Convolution as it stands in the formula: by XLA, a group at a time, or a tap at a time."""
+"""Convolution as it stands in the formula: by XLA, in pieces, or as products and sums."""
 
 from __future__ import annotations
+
+from functools import partial
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +12,13 @@ from jaxtyping import Array, Float
 from gam_flax.ops.convolution.fourier import Padding
 
 Strides = tuple[int, int]
+
+CACHED = 500_000
+"""Numbers of a gradient that XLA multiplies fast with: with 6 MB at once, not 2, the gradient of a
+kernel was measured to take three to seven times as long, on two cores that share 8 MB."""
+
+MOST_PIECES = 16
+"""Each is a convolution more to compile."""
 
 
 def plain(
@@ -29,6 +39,76 @@ def plain(
     )
 
 
+def pointwise(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C O"], strides: Strides
+) -> Float[Array, "B h w O"]:
+    """A kernel of one pixel: a product at every pixel.
+
+    XLA on a CPU writes the kernel's gradient as a convolution by a kernel as large as the picture,
+    which was measured to take up to 80 times as long as this product's.
+    """
+    return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(2, 3))
+def piecewise(
+    x: Float[Array, "B H W C"], kernel: Float[Array, "k l C O"], strides: Strides, padding: Padding
+) -> Float[Array, "B h w O"]:
+    """`plain`, whose gradient by the kernel is made of pieces that XLA on a CPU is fast with."""
+    return plain(x, kernel, strides, padding)
+
+
+@piecewise.defjvp
+def _piecewise_jvp(
+    strides: Strides, padding: Padding, primals: tuple[Any, Any], tangents: tuple[Any, Any]
+) -> tuple[Array, Array]:
+    """What is linear in the kernel is never run going backward, but transposed: its form there is
+    the form of the gradient."""
+    (x, kernel), (dx, dkernel) = primals, tangents
+    in_kernel = _exchanged if _exchanges(kernel, strides) else partial(_by_images, strides=strides)
+    tangent = piecewise(dx, kernel, strides, padding) + in_kernel(x, dkernel, padding=padding)
+    return piecewise(x, kernel, strides, padding), tangent
+
+
+def _exchanges(kernel: Array, strides: Strides) -> bool:
+    return strides == (1, 1) and kernel.shape[3] > kernel.shape[2]
+
+
+def _by_images(x: Array, kernel: Array, padding: Padding, strides: Strides) -> Array:
+    """`plain`, so few pictures at a time that the gradient of their outputs stays `CACHED`.
+
+    Every n-th picture is of one piece, so that of a batch which is cut over devices each has its
+    part of every piece.
+    """
+    way = partial(plain, strides=strides, padding=padding)
+    batch, outputs = len(x), jax.eval_shape(way, x, kernel)
+    wanted = min(MOST_PIECES, -(-outputs.size // CACHED))
+    count = max(n for n in range(1, max(2, wanted + 1)) if batch % n == 0)
+    pictures = x.reshape(-1, count, *x.shape[1:])
+    pieces = [way(pictures[:, i], kernel) for i in range(count)]
+    return jnp.stack(pieces, 1).reshape(outputs.shape)
+
+
+def _exchanged(x: Array, kernel: Array, padding: Padding) -> Array:
+    """The same sum with the roles of pictures and kernel exchanged, of stride 1.
+
+    In its transpose the outputs' gradient is what is convolved, and the pictures are the kernel:
+    less to multiply with where there are fewer channels than outputs.
+    """
+    sizes = [x.shape[1 + axis] + sum(padding[axis]) - kernel.shape[axis] + 1 for axis in (0, 1)]
+    around = [
+        (size - 1 - after, size - 1 - before)
+        for size, (before, after) in zip(sizes, padding, strict=True)
+    ]
+    return jax.lax.conv_general_dilated(
+        jnp.flip(kernel, (0, 1)),
+        jnp.flip(x, (1, 2)),
+        (1, 1),
+        around,
+        dimension_numbers=jax.lax.ConvDimensionNumbers((3, 2, 0, 1), (0, 3, 1, 2), (3, 0, 1, 2)),
+    )
+
+
 def per_group(
     x: Float[Array, "B H W C"],
     kernel: Float[Array, "k l D O"],
@@ -36,13 +116,13 @@ def per_group(
     padding: Padding,
     groups: int,
 ) -> Float[Array, "B h w O"]:
-    """One convolution a group, and a concatenation.
+    """`piecewise` a group, and a concatenation.
 
     XLA on a CPU writes the kernel's gradient of a grouped convolution as a dilated convolution
     that takes 60 to 130 times as long.
     """
     pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
-    return jnp.concatenate([plain(some, part, strides, padding) for some, part in pairs], -1)
+    return jnp.concatenate([piecewise(some, part, strides, padding) for some, part in pairs], -1)
 
 
 def tap_by_tap(
