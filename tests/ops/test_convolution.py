@@ -229,9 +229,17 @@ class TestTheChoice:
             text = jax.jit(way).trace(x, kernel).lower(lowering_platforms=(platform,)).as_text()
             assert ("stablehlo.convolution" in text) == plain
 
-    def test_a_symbolic_batch_is_no_obstacle(self):
+    @pytest.mark.parametrize("channels, outputs", [(512, 128), (4, 4), (2, 4)])
+    def test_a_symbolic_batch_is_no_obstacle(self, channels, outputs):
         (batch,) = jax.export.symbolic_shape("b")
-        x = jax.ShapeDtypeStruct((batch, 14, 14, 512), jnp.float32)
-        kernel = jax.ShapeDtypeStruct((7, 7, 512, 128), jnp.float32)
-        way = partial(convolve, padding=((3, 3), (3, 3)), algorithm="auto")
+        x = jax.ShapeDtypeStruct((batch, 14, 14, channels), jnp.float32)
+        kernel = jax.ShapeDtypeStruct((7, 7, channels, outputs), jnp.float32)
+
+        def way(x, kernel):
+            return convolve(x, kernel, padding=((3, 3), (3, 3)), algorithm="auto")
+
+        def gradient(x, kernel):
+            return jax.grad(lambda kernel: way(x, kernel).sum())(kernel)
+
         assert jax.export.export(jax.jit(way))(x, kernel).out_avals[0].shape[0] == batch
+        assert jax.export.export(jax.jit(gradient))(x, kernel).out_avals[0].shape == kernel.shape

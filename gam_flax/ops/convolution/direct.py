@@ -81,7 +81,9 @@ def _by_images(x: Array, kernel: Array, padding: Padding, strides: Strides) -> A
     part of every piece.
     """
     way = partial(plain, strides=strides, padding=padding)
-    batch, outputs = len(x), jax.eval_shape(way, x, kernel)
+    batch, outputs = x.shape[0], jax.eval_shape(way, x, kernel)
+    if not isinstance(batch, int):  # an export of an open batch
+        return way(x, kernel)
     wanted = min(MOST_PIECES, -(-outputs.size // CACHED))
     count = max(n for n in range(1, max(2, wanted + 1)) if batch % n == 0)
     pictures = x.reshape(-1, count, *x.shape[1:])
