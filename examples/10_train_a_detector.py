@@ -1,7 +1,7 @@
 """A YOLOv5 with GAM, trained in Flax on shapes over photographs; then the same boxes in PyTorch.
 
     python examples/10_train_a_detector.py            a taste: it finds nothing yet
-    python examples/10_train_a_detector.py --full     TIME
+    python examples/10_train_a_detector.py --full     half an hour on two cores, mAP@0.5 > 0.99
 
 Stop it when you like: the same call goes on where it stopped. On the command line this is
 `gam-flax train --data yolo --data-dir runs/shapes --model yolov5n --attention gam …` and

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 COLOURS = (
-    *("#e41a1c", "#377eb8", "#4daf4a", "#984ea3", "#ff7f00", "#f781bf", "#a65628", "#17becf"),
+    *("#e41a1c", "#4daf4a", "#377eb8", "#984ea3", "#ff7f00", "#f781bf", "#a65628", "#17becf"),
     *("#bcbd22", "#666666"),
 )
 """Of the classes, in turn; white writing can be read on each."""
