@@ -139,9 +139,9 @@ MACHINES = (
         Cost(1.26e-11, 6.61e-12, 5.89e-11, 1.82e-10, 6e-6, 4.16e-10),
     ),
 )
-"""Two cores of an AMD EPYC each, with jax 0.10.2: one with 536 GFLOP/s of products and 73 GB/s of
-memory, one with 70 and 23. `python -m benchmarks.convolution_model` measured random convolutions
-and fitted these; see there for others."""
+"""Two cores of an AMD EPYC 9005 (536 GFLOP/s of products, 73 GB/s of memory) with jax 0.10.2.
+`python -m benchmarks.convolution_model` measured random convolutions there and fitted these; of this
+one, plain's gradients were measured as XLA makes them, not in pieces."""
 
 
 def plain_features(shape: Shape) -> PlainCost:
