@@ -2,7 +2,7 @@
 
     python examples/05_which_attention_helps.py                  a taste, which proves nothing:
                                                  few pictures, and a network of two stages
-    python examples/05_which_attention_helps.py --budget hour --seeds 3     docs/attention.md has it
+    python examples/05_which_attention_helps.py --budget hour --seeds 2     docs/attention.md has it
     python examples/05_which_attention_helps.py --budget full --seeds 5     hours; all the pictures
 
 ResNet-8 with nothing, SE, CBAM, BAM, or GAM in every block, GAM with a sigmoid on its channel gate
