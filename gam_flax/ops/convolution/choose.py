@@ -140,8 +140,8 @@ MACHINES = (
     ),
 )
 """Two cores of an AMD EPYC 9005 (536 GFLOP/s of products, 73 GB/s of memory) with jax 0.10.2.
-`python -m benchmarks.convolution_model` measured random convolutions there and fitted these; of this
-one, plain's gradients were measured as XLA makes them, not in pieces."""
+`python -m benchmarks.convolution_model` measured random convolutions there and fitted these;
+plain's gradients were measured as XLA makes them, not in pieces."""
 
 
 def plain_features(shape: Shape) -> PlainCost:
