@@ -6,8 +6,9 @@
 
 `--machine` names the one that this runs on; choose.py has each by its name.
 
-Random convolutions are timed on this machine, plain and by a few random tilings each: forward
-and backward, and forward alone with the kernel's spectrum prepared. Coefficients are not
+Random convolutions, half of them grouped, are timed on this machine, without tiles and by a few
+random tilings each: the result, the gradient by the kernel, and the result with the kernel's
+spectrum prepared. The gradient by the pictures is a convolution again. Coefficients are not
 negative and minimize the squared relative error. Only shapes, tilings and seconds are kept, so
 that another model is fitted without measuring again.
 """
@@ -21,7 +22,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -30,15 +31,17 @@ from rich.progress import track
 
 from benchmarks import processes
 from benchmarks.floor import rates
-from gam_flax.ops.convolution import choose, direct, fourier
+from gam_flax.ops.convolution import choose, fourier, planned
 from gam_flax.ops.convolution.choose import Shape
-from gam_flax.ops.convolution.fourier import Tiling
+from gam_flax.ops.convolution.convolve import convolve
+from gam_flax.ops.convolution.planned import Plan
+from gam_flax.ops.convolution.tiles import Tiling
 
 RESULTS = Path(__file__).parent / "results"
 
 
 class Row(NamedTuple):
-    """One measurement: kind is the name of one of the models in `choose.py`, in lower case."""
+    """One measurement; kind is the name of a model of `choose.Machine`."""
 
     kind: str
     seconds: float
@@ -49,7 +52,7 @@ class Row(NamedTuple):
     def features(self) -> tuple[float, ...]:
         if self.tiling is None:
             return choose.plain_features(self.shape)
-        return features(self.shape, self.tiling, self.kind == "prepared")
+        return choose.fourier_features(self.shape, self.tiling, cast("choose.Way", self.kind))
 
     @classmethod
     def read(cls, kind: str, seconds: float, shape: list[Any], tiling: list[Any] | None) -> Row:
@@ -90,13 +93,15 @@ def random_shape(rng: np.random.Generator, most: float) -> Shape:
             exponents = exponents.round()
         channels, outputs = (int(2**exponent) for exponent in exponents)
         batch = int(2 ** rng.uniform(0, 6))
-        shape = Shape(
-            batch, (side, side), channels, outputs, (k, k), padding=((half, half), (half, half))
-        )
+        groups = int(rng.choice([1, 1, 1, 2, 4, 8]))
+        channels, outputs = (number - number % groups for number in (channels, outputs))
+        padding = ((half, half), (half, half))
+        sizes, window = (side, side), (k, k)
+        shape = Shape(batch, sizes, channels, outputs, window, padding=padding, groups=groups)
         cost = choose.plain_features(shape)
-        flops = 2 * (cost.products + cost.naive)
+        flops = 2 * cost.products
         numbers = cost.numbers + cost.kernel
-        if 1e7 < flops < most and numbers < 3e7:
+        if 1e7 < flops < most and numbers < 3e7 and min(channels, outputs) >= 2 * groups:
             return shape
 
 
@@ -104,7 +109,7 @@ def arrays(shape: Shape, rng: np.random.Generator) -> tuple[jax.Array, jax.Array
     """Pictures, a kernel, and a cotangent of the outputs."""
     sizes = [
         (shape.batch, *shape.sizes, shape.channels),
-        (*shape.kernel_size, shape.channels, shape.outputs),
+        (*shape.kernel_size, shape.channels // shape.groups, shape.outputs),
         (shape.batch, *shape.sizes, shape.outputs),
     ]
     x, kernel, g = (jnp.asarray(rng.standard_normal(size, np.float32)) for size in sizes)
@@ -121,27 +126,31 @@ def median(run: Callable[..., Any], *args: Any, rounds: int = 3) -> float:
     return float(np.median(times[1:]))
 
 
-def with_gradients(way: Callable[..., jax.Array]) -> Callable[..., Any]:
-    """The result and both gradients, as a step of training wants them."""
+def plan(shape: Shape, **tilings: Tiling | None) -> Plan:
+    return Plan(
+        shape.sizes, shape.kernel_size, shape.strides, shape.padding, shape.groups, **tilings
+    )
+
+
+def result(shape: Shape, tiling: Tiling | None) -> Callable[..., jax.Array]:
+    """The convolution, of pictures and kernel."""
+    return jax.jit(partial(planned.correlate, plan=plan(shape, result=tiling)))
+
+
+def by_kernel(shape: Shape, tiling: Tiling | None) -> Callable[..., jax.Array]:
+    """The gradient by the kernel, of pictures, kernel and the outputs' gradient."""
+    way = partial(planned.correlate, plan=plan(shape, by_kernel=tiling))
 
     @jax.jit
-    def run(x: jax.Array, kernel: jax.Array, g: jax.Array) -> Any:
-        y, back = jax.vjp(way, x, kernel)
-        return y, back(g)
+    def run(x: jax.Array, kernel: jax.Array, g: jax.Array) -> jax.Array:
+        return jax.vjp(partial(way, x), kernel)[1](g)[0]
 
     return run
 
 
-def plain(shape: Shape) -> Callable[..., jax.Array]:
-    return partial(direct.plain, strides=(1, 1), padding=shape.padding)
-
-
-def by_fourier(shape: Shape, tiling: Tiling) -> Callable[..., jax.Array]:
-    return partial(fourier.correlate, padding=shape.padding, tiling=tiling)
-
-
 def prepared(shape: Shape, tiling: Tiling, kernel: jax.Array) -> tuple[Callable[..., Any], Any]:
-    spectrum = jax.jit(fourier.kernel_spectrum, static_argnums=1)(kernel, tiling.periods)
+    transform = jax.jit(fourier.kernel_spectrum, static_argnums=(1, 2))
+    spectrum = transform(kernel, tiling.periods, shape.groups)
     way = partial(
         fourier.correlate_spectrum,
         kernel_size=shape.kernel_size,
@@ -151,51 +160,41 @@ def prepared(shape: Shape, tiling: Tiling, kernel: jax.Array) -> tuple[Callable[
     return jax.jit(way), spectrum
 
 
-def in_use(shape: Shape, tiling: Tiling, kernel: jax.Array, x: jax.Array) -> float:
-    run, spectrum = prepared(shape, tiling, kernel)
-    return median(run, x, spectrum)
-
-
 def measure(shape: Shape, rng: np.random.Generator, tries: int) -> list[Row]:
     x, kernel, g = arrays(shape, rng)
     rows = [
-        Row("plain_forward", median(jax.jit(plain(shape)), x, kernel), shape),
-        Row("plain", median(with_gradients(plain(shape)), x, kernel, g), shape),
+        Row("plain", median(result(shape, None), x, kernel), shape),
+        Row("plain_by_kernel", median(by_kernel(shape, None), x, kernel, g), shape),
     ]
-    for tiling in promising(shape, rng, tries, is_prepared=False):
-        seconds = median(with_gradients(by_fourier(shape, tiling)), x, kernel, g)
-        rows.append(Row("fourier", seconds, shape, tiling))
-    for tiling in promising(shape, rng, tries, is_prepared=True):
-        rows.append(Row("prepared", in_use(shape, tiling, kernel, x), shape, tiling))
+    for tiling in promising(shape, rng, tries, "fourier"):
+        rows.append(Row("fourier", median(result(shape, tiling), x, kernel), shape, tiling))
+    for tiling in promising(shape, rng, tries, "fourier_by_kernel"):
+        taken = median(by_kernel(shape, tiling), x, kernel, g)
+        rows.append(Row("fourier_by_kernel", taken, shape, tiling))
+    for tiling in promising(shape, rng, tries, "prepared"):
+        run, spectrum = prepared(shape, tiling, kernel)
+        rows.append(Row("prepared", median(run, x, spectrum), shape, tiling))
     return rows
 
 
-def promising(
-    shape: Shape, rng: np.random.Generator, tries: int, *, is_prepared: bool
-) -> list[Tiling]:
+def promising(shape: Shape, rng: np.random.Generator, tries: int, way: choose.Way) -> list[Tiling]:
     """Some of the half that the model likes best, so that it is best where it is asked."""
-    costs = {
-        t: features(shape, t, is_prepared) for t in choose.tilings(shape, prepared=is_prepared)
-    }
+    costs = {t: choose.fourier_features(shape, t, way) for t in choose.tilings(shape, way)}
     some = [
         tiling
         for tiling, cost in costs.items()
         if cost.products < 2e10 and cost.spectrum < 3e8 and cost.transforms < 2e10
     ]
-    some.sort(key=lambda tiling: choose.share(shape, tiling, prepared=is_prepared))
+    some.sort(key=lambda tiling: choose.share(shape, tiling, way))
     order = rng.permutation(max(tries, len(some) // 2))
     return [some[index] for index in order if index < len(some)][:tries]
-
-
-def features(shape: Shape, tiling: Tiling, is_prepared: bool) -> choose.Cost:
-    return choose.fourier_features(shape, tiling, prepared=is_prepared)
 
 
 def fit(rows: list[Row]) -> dict[str, dict[str, Any]]:
     from scipy.optimize import nnls
 
     models = {}
-    for kind in ("plain_forward", "plain", "fourier", "prepared"):
+    for kind in choose.Machine._fields[1:]:
         some = [row for row in rows if row.kind == kind]
         matrix = np.array([row.features for row in some], float)
         seconds = np.array([row.seconds for row in some])
@@ -215,25 +214,46 @@ def fit(rows: list[Row]) -> dict[str, dict[str, Any]]:
 
 
 def check(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
-    """Chosen against plain, where they differ."""
-    tiling = choose.cheapest_tiling(shape)
-    periods = min(choose.preparations(shape), key=lambda one: one.seconds).periods
-    ready = periods and choose.best_tiling(shape, prepared=True, periods=periods)
-    row: dict[str, Any] = {"shape": shape}
-    if tiling is None and ready is None:
-        return row
+    """What "auto" takes, over what XLA's own convolution takes: a training step's three functions;
+    and where there are tiles the same over pieces, forward alone, and with the kernel prepared."""
     x, kernel, g = arrays(shape, rng)
-    if tiling is not None:
-        row["tiling"] = tiling
-        chosen = by_fourier(shape, tiling)
-        row["training"] = turns(with_gradients(chosen), with_gradients(plain(shape)), x, kernel, g)
-        row["forward"] = turns(jax.jit(chosen), jax.jit(plain(shape)), x, kernel)
-    if ready is not None:
+    auto, plain, pieces = (
+        partial(convolve, padding=shape.padding, groups=shape.groups, algorithm=algorithm)
+        for algorithm in ("auto", "plain", "piecewise")
+    )
+    row: dict[str, Any] = {"shape": shape, "tilings": chosen(shape)}
+    step = with_gradients(auto)
+    row["training"] = turns(step, with_gradients(plain), x, kernel, g)
+    if any(row["tilings"]):
+        row["training over pieces"] = turns(step, with_gradients(pieces), x, kernel, g)
+    if row["tilings"][0]:
+        row["forward"] = turns(jax.jit(auto), jax.jit(plain), x, kernel)
+    periods = min(choose.preparations(shape), key=lambda one: one.seconds).periods
+    ready = periods and choose.best_tiling(shape, "prepared", periods=periods)
+    if ready:
         row["prepared tiling"] = ready
         run, spectrum = prepared(shape, ready, kernel)
-        standing = jax.jit(plain(shape))
+        standing = jax.jit(plain)
         row["prepared"] = turns(lambda: run(x, spectrum), lambda: standing(x, kernel))
     return row
+
+
+def chosen(shape: Shape) -> list[Tiling | None]:
+    """Of the result and the two gradients."""
+    adjoint = shape.adjoint and choose.cheapest_tiling(shape.adjoint)
+    by_kernel = choose.cheapest_tiling(shape, "fourier_by_kernel")
+    return [choose.cheapest_tiling(shape), adjoint, by_kernel]
+
+
+def with_gradients(way: Callable[..., jax.Array]) -> Callable[..., Any]:
+    """The result and both gradients, as a step of training wants them."""
+
+    @jax.jit
+    def run(x: jax.Array, kernel: jax.Array, g: jax.Array) -> Any:
+        y, back = jax.vjp(way, x, kernel)
+        return y, back(g)
+
+    return run
 
 
 def turns(one: Callable[..., Any], other: Callable[..., Any], *args: Any, rounds: int = 5) -> float:
@@ -257,16 +277,17 @@ def measure_more(shapes: list[Shape], rng: np.random.Generator, tries: int, mach
 
 def check_all(shapes: list[Shape], rng: np.random.Generator, machine: str) -> None:
     on = processes.machine()
-    rows = [check(shape, rng) for shape in track(shapes, "checking")]
-    record(RESULTS / f"convolution_check_{machine}.json", {"machine": on}, rows)
-    for kind in ("training", "forward", "prepared"):
-        some = [row for row in rows if kind in row]
-        if some:
-            worst = max(some, key=lambda row: row[kind])
+    rows = []
+    for shape in track(shapes, "checking"):
+        rows.append(check(shape, rng))
+        record(RESULTS / f"convolution_check_{machine}.json", {"machine": on}, rows)
+    for kind in ("training", "training over pieces", "forward", "prepared"):
+        ratios = np.array([row[kind] for row in rows if kind in row])
+        if ratios.size:
+            worst = max((row for row in rows if kind in row), key=lambda row: row[kind])
             print(
-                f"{kind}: {len(some)} of {len(rows)} shapes not plain, median "
-                f"{np.median([row[kind] for row in some]):.2f} of plain's time, "
-                f"worst {worst[kind]:.2f}: {worst}"
+                f"{kind}: {len(ratios)} of {len(rows)} shapes, median {np.median(ratios):.2f}, "
+                f"{np.mean(ratios > 1.1):.0%} above 1.1, worst {worst[kind]:.2f}: {worst}"
             )
 
 

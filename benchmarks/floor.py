@@ -21,14 +21,13 @@ from benchmarks.gam_block_inside import WORKS, Work, build
 from benchmarks.inside import Stages, report
 from gam_flax.ops.convolution import choose
 from gam_flax.ops.convolution.choose import Shape
-from gam_flax.ops.convolution.fourier import Tiling
 from gam_flax.ops.convolution.prepared import PreparedConv
-from gam_flax.optimize import DIRECT
+from gam_flax.ops.convolution.tiles import Tiling
 
 SIDE = 2048
 NUMBERS = 100_000_000
 BACKWARD = 3
-"""A training step has two products more for each forward: by the inputs and by the kernel."""
+"""A training step has two products for each forward: by the inputs and by the kernel."""
 
 
 def rates() -> tuple[float, float]:
@@ -53,17 +52,18 @@ def counted(work: Work, shape: tuple[int, int, int]) -> tuple[float, float]:
     linear = 2 * channels * model.channel_attention.fc1.out_features
     if not work.training:
         model = gam_flax.optimize_for_inference(model, (batch, side, side, channels))
-    flops, moved = 2.0 * batch * side**2 * linear, 8.0 * batch * side**2 * channels
-    for one, tiling in _convolutions(model, shape):
-        some = _flops(one, tiling, prepared=not work.training)
-        flops, moved = flops + some[0], moved + some[1]
-    return flops * (BACKWARD if work.training else 1), moved
+    times = BACKWARD if work.training else 1
+    flops, moved = 2.0 * times * batch * side**2 * linear, 8.0 * batch * side**2 * channels
+    for conv, one in _convolutions(model, shape):
+        for part, tiling, way in _functions(conv, one, training=work.training):
+            some = _flops(part, tiling, way)
+            flops, moved = flops + some[0], moved + some[1]
+    return flops, moved
 
 
 def _convolutions(
     model: nnx.Module, shape: tuple[int, int, int]
-) -> Iterator[tuple[Shape, Tiling | None]]:
-    """Each one's shape, and how it is computed."""
+) -> Iterator[tuple[nnx.Conv | PreparedConv, Shape]]:
     batch, _, side = shape
     for _, conv in nnx.iter_modules(model):
         if isinstance(conv, PreparedConv):
@@ -73,20 +73,27 @@ def _convolutions(
         else:
             continue
         pads = (3, 3), (3, 3)
-        one = Shape(batch, (side, side), *features, (7, 7), padding=pads, groups=groups)
-        if isinstance(conv, PreparedConv):
-            yield one, choose.best_tiling(one, prepared=True, periods=conv.periods)
-        else:
-            direct = conv.conv_general_dilated is DIRECT
-            yield one, None if direct else choose.cheapest_tiling(one)
+        yield conv, Shape(batch, (side, side), *features, (7, 7), padding=pads, groups=groups)
 
 
-def _flops(shape: Shape, tiling: Tiling | None, *, prepared: bool) -> tuple[float, float]:
+def _functions(
+    conv: nnx.Conv | PreparedConv, shape: Shape, *, training: bool
+) -> list[tuple[Shape, Tiling | None, choose.Way]]:
+    """What is computed, and how: the result and, in training, the gradients by both arguments."""
+    if isinstance(conv, PreparedConv):
+        return [(shape, choose.best_tiling(shape, "prepared", periods=conv.periods), "prepared")]
+    functions: list[tuple[Shape | None, choose.Way]] = [(shape, "fourier")]
+    if training:
+        functions += [(shape.adjoint, "fourier"), (shape, "fourier_by_kernel")]
+    return [(one, choose.cheapest_tiling(one, way), way) for one, way in functions if one]
+
+
+def _flops(shape: Shape, tiling: Tiling | None, way: choose.Way) -> tuple[float, float]:
     plain = choose.plain_features(shape)
     if tiling is None:
-        return 2 * (plain.products + plain.naive), 4 * (plain.numbers + plain.kernel)
-    cost = choose.fourier_features(shape, tiling, prepared=prepared)
-    kernel = cost.spectrum if prepared else plain.kernel
+        return 2 * plain.products, 4 * (plain.numbers + plain.kernel)
+    cost = choose.fourier_features(shape, tiling, way)
+    kernel = cost.spectrum if way == "prepared" else plain.kernel
     return 2 * (cost.transforms + cost.products), 4 * (plain.numbers + kernel)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from functools import partial
 from typing import Any
 
 import jax
@@ -20,9 +19,6 @@ from gam_flax.ops.sequential import Sequential
 
 Path = tuple[Any, ...]
 Periods = tuple[int, int]
-
-DIRECT = partial(conv_general_dilated, algorithm="direct")
-"""What a convolution is computed by that is not even worth preparing."""
 
 
 class Identity(nnx.Module):
@@ -84,17 +80,9 @@ def optimize_for_inference(
         if path in norms:
             conv = _folded(conv, get(model, norms[path]))
             put(model, norms[path], Identity())
-        if path in ready:
-            conv = _prepared(conv, ready[path])
-        put(model, path, conv)
+        periods = ready.get(path)
+        put(model, path, conv if periods is None else PreparedConv.of(conv, periods))
     return model
-
-
-def _prepared(conv: nnx.Conv, periods: Periods | None) -> nnx.Module:
-    if periods is not None:
-        return PreparedConv.of(conv, periods)
-    conv.conv_general_dilated = DIRECT
-    return conv
 
 
 def _spent_best(
@@ -221,12 +209,8 @@ def described(model: nnx.Module) -> dict[str, Any]:
             found[dotted] = {"periods": list(module.periods), "bias": module.use_bias}
         elif isinstance(module, Identity):
             found[dotted] = {}
-        elif isinstance(module, nnx.Conv):
-            change = {
-                "folded": isinstance(module, FoldedConv),
-                "direct": module.conv_general_dilated is DIRECT,
-            }
-            found |= {dotted: change} if any(change.values()) else {}
+        elif isinstance(module, FoldedConv):
+            found[dotted] = {"folded": True}
     return found
 
 
@@ -253,7 +237,7 @@ def _made(old: Any, change: Mapping[str, Any]) -> nnx.Module:
     if "periods" in change:
         first, second = change["periods"]
         return nnx.eval_shape(lambda: PreparedConv.like(old, (first, second)))
-    return _prepared(old, None) if change["direct"] else old
+    return old
 
 
 def get(model: Any, path: Sequence[Any]) -> Any:

@@ -72,8 +72,8 @@ NETWORKS = {
 
 def prepare_all(monkeypatch):
     """Fourier tiles also for what is too small to gain: a test has no time for what gains."""
-    slow = choose.PlainCost(*[1.0] * 6)
-    machines = [one._replace(plain=slow, plain_forward=slow) for one in choose.MACHINES]
+    slow = choose.PlainCost(*[1.0] * 5)
+    machines = [one._replace(plain=slow, plain_by_kernel=slow) for one in choose.MACHINES]
     monkeypatch.setattr(choose, "MACHINES", tuple(machines))
 
 
@@ -155,7 +155,7 @@ def test_a_kernel_comes_back_from_its_spectrum(groups):
         for periods in ((13, 12), (10, 11), (18, 17)):
             prepared = PreparedConv.of(conv, periods)
             spectra = prepared.spectrum[...]
-            kernel = _kernel(spectra, periods, (7, 5))
+            kernel = _kernel(spectra, periods, (7, 5), 6 // groups)
             np.testing.assert_allclose(kernel, conv.kernel[...], atol=1e-14)
             plain = prepared._plain(x, spectra) + prepared.bias[...]
             np.testing.assert_allclose(plain, conv(x), atol=1e-13)

@@ -11,13 +11,14 @@ import pytest
 from flax import linen, nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec as P
 
 from gam_flax.ops import convolution_algorithm, convolve
 from gam_flax.ops.conv import conv2d
-from gam_flax.ops.convolution import choose, direct, fourier
+from gam_flax.ops.convolution import choose, direct, fourier, tiles
 from gam_flax.ops.convolution.choose import Shape
 from gam_flax.ops.convolution.convolve import conv_general_dilated
-from gam_flax.ops.convolution.fourier import Tiling
+from gam_flax.ops.convolution.tiles import Tiling
 
 EXACT = 1e-13
 """Of the largest number, in float64: rounding, and a hundred times less than a wrong tap."""
@@ -71,7 +72,7 @@ def test_fourier_tiles_are_the_convolution(problem, seed, groups):
 @pytest.mark.parametrize("period", [16, 17, 19, 20])
 def test_a_period_wraps_only_where_zeros_serve_both_borders(period):
     """14 pixels and one border of 3 are 17 points; with one less, tiles must overlap."""
-    one = fourier.cut(14, 7, (3, 3), period)
+    one = tiles.cut(14, 7, (3, 3), period)
     assert one.count == (1 if period >= 17 else 2)
 
 
@@ -79,8 +80,8 @@ def test_one_point_too_few_would_be_noticed(monkeypatch):
     x, kernel = draw_arrays(0, 1, (14, 14), (7, 7), 2, 2)
     padding = ((3, 3), (3, 3))
     expected = direct.plain(x, kernel, (1, 1), padding)
-    whole = fourier.Cut(1, 14, 3, 14)
-    monkeypatch.setattr(fourier, "cut", lambda *args: whole)
+    whole = tiles.Cut(1, 14, 3, 14)
+    monkeypatch.setattr(tiles, "cut", lambda *args: whole)
     assert off(fourier.correlate(x, kernel, padding, Tiling((17, 17))), expected) < EXACT
     assert off(fourier.correlate(x, kernel, padding, Tiling((16, 16))), expected) > 0.01
 
@@ -92,7 +93,7 @@ WAYS = {
     "piecewise": ({}, 1),
     "piecewise, strided": ({"strides": (2, 1)}, 1),
     "piecewise, more outputs": ({}, 1),
-    "per_group": ({"groups": 2}, 2),
+    "piecewise, grouped": ({"groups": 2}, 2),
     "fourier, grouped": ({"groups": 2}, 2),
     "tap_by_tap": ({"groups": 6}, 6),
     "tap_by_tap, strided": ({"groups": 6, "strides": (2, 2)}, 6),
@@ -149,6 +150,38 @@ def test_under_jit_vmap_and_remat(both):
     assert off(found, jnp.stack([expected, 2 * expected, -expected])) < EXACT
 
 
+def test_under_shard_map(both):
+    """Pictures vary over the mesh and the kernel does not: its gradient is a sum over devices,
+    which shard_map only puts in where a convolution says what varies."""
+    plain, other, x, kernel = both
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def loss(x, kernel):
+        return jax.lax.psum(jnp.sum(jnp.sin(other(x, kernel))), "data")
+
+    gradients = jax.grad(loss, (0, 1))
+
+    specs = (P("data"), P())
+    found = jax.shard_map(gradients, mesh=mesh, in_specs=specs, out_specs=specs)(x, kernel)
+    expected = jax.grad(lambda *a: jnp.sum(jnp.sin(plain(*a))), (0, 1))(x, kernel)
+    for one, right in zip(found, expected, strict=True):
+        assert off(one, right) < 1e-12
+
+
+def test_gradients_under_vmap(both):
+    """Of each picture alone, and of one picture by several kernels."""
+    plain, other, x, kernel = both
+    kernels = jnp.stack([kernel, 2 * kernel])
+
+    def gradients(way):
+        gradient = jax.grad(lambda x, kernel: jnp.sum(jnp.sin(way(x, kernel))), (0, 1))
+        each = jax.vmap(gradient, (0, None))(x[:, None], kernel)
+        return [*each, *jax.vmap(gradient, (None, 0))(x, kernels)]
+
+    for found, expected in zip(gradients(other), gradients(plain), strict=True):
+        assert off(found, expected) < 1e-12
+
+
 def test_the_layer_takes_what_is_chosen():
     """In NNX and in Linen, by `conv_general_dilated=`; dilation and strides are left to XLA."""
     layer = conv2d(4, 4, 7, padding=3, param_dtype=jnp.float64, rngs=nnx.Rngs(0))
@@ -180,11 +213,10 @@ def test_an_unknown_algorithm_is_one_line():
 @pytest.mark.parametrize("sides, channels, outputs", [(14, 64, 32), (28, 16, 64), (7, 128, 32)])
 def test_float32_is_no_less_exact_than_the_plain_way(sides, channels, outputs):
     padding = ((3, 3), (3, 3))
-    x, kernel = draw_arrays(4, 4, (sides, sides), (7, 7), channels, outputs, np.float32)
-    g = draw_arrays(5, 4, (sides, sides), (1, 1), outputs, 1, np.float32)[0]
-    shape = Shape.of(x, kernel, (1, 1), padding, 1)
-    way = partial(fourier.correlate, padding=padding, tiling=choose.best_tiling(shape))
-    plain = partial(direct.plain, strides=(1, 1), padding=padding)
+    x, kernel = draw_arrays(4, 8, (sides, sides), (7, 7), channels, outputs, np.float32)
+    g = draw_arrays(5, 8, (sides, sides), (1, 1), outputs, 1, np.float32)[0]
+    way = partial(convolve, padding=padding, algorithm="fourier")
+    plain = partial(convolve, padding=padding, algorithm="plain")
 
     def answers(way, *args):
         y, pull = jax.vjp(way, *args[:2])

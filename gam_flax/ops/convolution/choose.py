@@ -5,14 +5,14 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from gam_flax.ops.convolution.fourier import Padding, Tiling, cut
+from gam_flax.ops.convolution.tiles import Padding, Tiling, adjoint_padding, cut
 
 SLAB = 15e6
 """Bytes of the spectra that a step makes, of pictures, kernel and products: what stays in a cache
@@ -28,7 +28,7 @@ LONGEST = 64
 USUAL_BATCH = 8
 """Taken for a batch whose size is not known yet, as in an export."""
 
-MARGIN = 0.7
+MARGIN = 0.65
 """Another way is taken where it promises to take this part of the plain one's time."""
 
 
@@ -81,12 +81,28 @@ class Shape(NamedTuple):
         return bare and self.groups == 1 and self.known
 
     @property
-    def pixels(self) -> int:
-        """Of all outputs."""
-        return self.batch * math.prod(
+    def adjoint(self) -> Shape | None:
+        """The convolution that is the gradient by the pictures; None where that is none."""
+        padding = adjoint_padding(self.kernel_size, self.padding)
+        if self.strides != (1, 1) or min(*padding[0], *padding[1]) < 0:
+            return None
+        return self._replace(
+            sizes=self.output_sizes, channels=self.outputs, outputs=self.channels, padding=padding
+        )
+
+    @property
+    def output_sizes(self) -> tuple[int, int]:
+        """Of stride 1."""
+        high, wide = (
             size + sum(pads) - k + 1
             for size, pads, k in zip(self.sizes, self.padding, self.kernel_size, strict=True)
         )
+        return high, wide
+
+    @property
+    def pixels(self) -> int:
+        """Of all outputs."""
+        return self.batch * math.prod(self.output_sizes)
 
 
 def _is_whole(sizes: list[Any]) -> bool:
@@ -94,12 +110,10 @@ def _is_whole(sizes: list[Any]) -> bool:
 
 
 class PlainCost(NamedTuple):
-    """What `lax.conv_general_dilated` has to do: multiplications, as products of matrices or in a
-    loop; numbers of the patches around all pixels, of inputs and (going backward) of outputs;
-    numbers of pictures; numbers of the kernel."""
+    """What `lax.conv_general_dilated` has to do: multiplications; numbers of the patches around all
+    pixels, of inputs and (going backward) of outputs; numbers of pictures; numbers of the kernel."""
 
     products: float
-    naive: float
     patches: float
     output_patches: float
     numbers: float
@@ -119,40 +133,41 @@ class Cost(NamedTuple):
     far: float
 
 
+Way = Literal["fourier", "fourier_by_kernel", "prepared"]
+"""Of tiles: a convolution (the gradient by the pictures is one), the gradient by the kernel, and
+a convolution whose kernel's spectrum is there."""
+
+
 class Machine(NamedTuple):
-    """Seconds for each of what is counted, on one machine: `plain` and `fourier` forward and
-    backward, `plain_forward` and `prepared` forward alone. Only their ratios matter."""
+    """Seconds for each of what is counted, on one machine. Only their ratios matter."""
 
     name: str
-    plain_forward: PlainCost
     plain: PlainCost
+    plain_by_kernel: PlainCost
     fourier: Cost
+    fourier_by_kernel: Cost
     prepared: Cost
 
 
 MACHINES = (
     Machine(
         "epyc-9005",
-        PlainCost(5.05e-12, 4.94e-11, 9e-11, 1.88e-11, 2.42e-10, 4.35e-10),
-        PlainCost(1.15e-11, 6.94e-11, 2.69e-10, 5.57e-11, 1.91e-9, 1.81e-9),
-        Cost(9.78e-12, 1.89e-11, 2.42e-9, 7.6e-10, 6.38e-6, 1.36e-9),
-        Cost(1.26e-11, 6.61e-12, 5.89e-11, 1.82e-10, 6e-6, 4.16e-10),
+        PlainCost(5.75e-12, 8.36e-11, 1.51e-11, 4.9e-10, 5.26e-10),
+        PlainCost(6.86e-12, 1.1e-10, 1.25e-10, 1.89e-9, 1.16e-9),
+        Cost(1.45e-11, 6.43e-12, 3.59e-10, 2.14e-10, 4.21e-6, 5.77e-10),
+        Cost(9.69e-12, 1.34e-11, 8.7e-10, 2.35e-10, 4.42e-5, 4.84e-10),
+        Cost(1.85e-11, 8.7e-12, 4.95e-11, 1.56e-10, 1.08e-5, 3.56e-10),
     ),
 )
-"""Two cores of an AMD EPYC 9005 (536 GFLOP/s of products, 73 GB/s of memory) with jax 0.10.2.
-`python -m benchmarks.convolution_model` measured random convolutions there and fitted these;
-plain's gradients were measured as XLA makes them, not in pieces."""
+"""Two cores of an AMD EPYC 9005 (450 GFLOP/s of products, 43 GB/s of memory) with jax 0.10.2.
+`python -m benchmarks.convolution_model` measured random convolutions there and fitted these."""
 
 
 def plain_features(shape: Shape) -> PlainCost:
     taps = math.prod(shape.kernel_size)
     pairs = shape.channels * shape.outputs // shape.groups
-    products = shape.pixels * taps * pairs
-    # XLA has a loop of its own for a kernel that is larger than the picture.
-    naive = any(k > size for k, size in zip(shape.kernel_size, shape.sizes, strict=True))
     return PlainCost(
-        0 if naive else products,
-        products if naive else 0,
+        shape.pixels * taps * pairs,
         shape.pixels * taps * shape.channels,
         shape.pixels * taps * shape.outputs,
         shape.pixels * (shape.channels + shape.outputs),
@@ -160,25 +175,31 @@ def plain_features(shape: Shape) -> PlainCost:
     )
 
 
-def fourier_features(shape: Shape, tiling: Tiling, *, prepared: bool = False) -> Cost:
+def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
     (high, wide), (n, m) = _cuts(shape, tiling.periods), tiling.periods
     images = tiling.images or shape.batch
     chunks = -(-shape.batch // images)
-    tiles = high.count * wide.count * images
-    half = n // 2 + 1
+    tiles, half = high.count * wide.count * images, n // 2 + 1
+    channels, outputs = shape.channels, shape.outputs
+    pairs = channels * outputs // shape.groups
+    steps = 1 if way == "prepared" else -(-half // tiling.rows)
+    rows = half / steps
     into = half * 2 * (high.inputs * wide.inputs + m * 2 * wide.inputs)
     back = half * 2 * (high.outputs * wide.outputs + m * 2 * wide.outputs)
-    pairs = shape.channels * shape.outputs // shape.groups
-    steps = 1 if prepared else -(-half // tiling.rows)
-    rows = half / steps
-    across = wide.inputs + m  # points of a row of frequencies before and after its transform
-    moved = 2 * half * (across * shape.channels + (2 * m + wide.outputs) * shape.outputs)
-    moved += 2 * high.inputs * wide.inputs * shape.channels
-    numbers = shape.channels + 2 * shape.outputs
-    temporary = 2 * tiles * (half * wide.inputs * shape.channels + rows * m * numbers)
-    temporary += 0 if prepared else 2 * rows * m * pairs
+    transforms = tiles * (into * channels + back * outputs)
+    twice = channels if way == "fourier_by_kernel" else min(channels, outputs)
+    moved = 2 * half * ((wide.inputs + m) * channels + (wide.outputs + m) * outputs + m * twice)
+    moved += 2 * high.inputs * wide.inputs * channels
+    temporary = 2 * tiles * half * wide.inputs * channels
+    temporary += 2 * rows * m * tiles * (channels + outputs + twice)
+    if way == "fourier_by_kernel":
+        down, along = shape.kernel_size
+        transforms += half * 2 * along * (2 * m + down) * pairs
+        temporary += 2 * tiles * half * wide.outputs * outputs
+    if way != "prepared":
+        temporary += 2 * rows * m * pairs
     return Cost(
-        chunks * tiles * (into * shape.channels + back * shape.outputs),
+        chunks * transforms,
         chunks * tiles * 4 * half * m * pairs,
         chunks * 2 * half * m * pairs,
         chunks * tiles * moved,
@@ -195,33 +216,42 @@ def seconds(cost: tuple[float, ...], model: tuple[float, ...]) -> float:
     return float(np.dot(cost, model))
 
 
-def share(shape: Shape, tiling: Tiling, *, prepared: bool = False) -> float:
+PLAIN: dict[Way, Literal["plain", "plain_by_kernel"]] = {
+    "fourier": "plain",
+    "fourier_by_kernel": "plain_by_kernel",
+    "prepared": "plain",
+}
+"""What tiles are compared with: what there is without them."""
+
+
+def share(shape: Shape, tiling: Tiling, way: Way) -> float:
     """The part of plain's time that tiles take: the largest that a machine of `MACHINES` says."""
-    plain, tiles = plain_features(shape), fourier_features(shape, tiling, prepared=prepared)
-    if prepared:
-        return max(seconds(tiles, m.prepared) / seconds(plain, m.plain_forward) for m in MACHINES)
-    return max(seconds(tiles, m.fourier) / seconds(plain, m.plain) for m in MACHINES)
+    plain, tiles = plain_features(shape), fourier_features(shape, tiling, way)
+    return max(
+        seconds(tiles, getattr(machine, way)) / seconds(plain, getattr(machine, PLAIN[way]))
+        for machine in MACHINES
+    )
 
 
 @lru_cache(maxsize=4096)
 def best_tiling(
-    shape: Shape, *, prepared: bool = False, periods: tuple[int, int] | None = None
+    shape: Shape, way: Way = "fourier", *, periods: tuple[int, int] | None = None
 ) -> Tiling | None:
     """The cheapest of the tilings worth trying; None where none fits.
 
     periods: of a spectrum that is there already.
     """
     return min(
-        tilings(shape, prepared=prepared, periods=periods),
-        key=lambda tiling: share(shape, tiling, prepared=prepared),
+        tilings(shape, way, periods=periods),
+        key=lambda tiling: share(shape, tiling, way),
         default=None,
     )
 
 
-def cheapest_tiling(shape: Shape) -> Tiling | None:
+def cheapest_tiling(shape: Shape, way: Way = "fourier") -> Tiling | None:
     """`best_tiling` where it is cheaper than the plain convolution."""
-    tiling = best_tiling(shape)
-    return None if tiling is None or share(shape, tiling) > MARGIN else tiling
+    tiling = best_tiling(shape, way)
+    return None if tiling is None or share(shape, tiling, way) > MARGIN else tiling
 
 
 class Preparation(NamedTuple):
@@ -236,13 +266,14 @@ class Preparation(NamedTuple):
 
 
 def preparations(shape: Shape) -> list[Preparation]:
-    """As it is, and each period whose spectrum makes the convolution cheaper."""
-    plain = seconds(plain_features(shape), MACHINES[0].plain_forward)
-    found = [Preparation(None, plain, 0)]
-    for periods in {tiling.periods for tiling in tilings(shape, prepared=True)}:
-        tiling = best_tiling(shape, prepared=True, periods=periods)
+    """As it is, in tiles or not, and each period whose spectrum makes the convolution cheaper."""
+    plain = seconds(plain_features(shape), MACHINES[0].plain)
+    tiling = cheapest_tiling(shape)
+    found = [Preparation(None, plain * share(shape, tiling, "fourier") if tiling else plain, 0)]
+    for periods in {tiling.periods for tiling in tilings(shape, "prepared")}:
+        tiling = best_tiling(shape, "prepared", periods=periods)
         assert tiling is not None
-        part = share(shape, tiling, prepared=True)
+        part = share(shape, tiling, "prepared")
         pairs = shape.channels * shape.outputs // shape.groups
         numbers = 2 * (periods[0] // 2 + 1) * periods[1] * pairs
         if part < MARGIN:
@@ -251,7 +282,7 @@ def preparations(shape: Shape) -> list[Preparation]:
 
 
 def tilings(
-    shape: Shape, *, prepared: bool = False, periods: tuple[int, int] | None = None
+    shape: Shape, way: Way = "fourier", *, periods: tuple[int, int] | None = None
 ) -> list[Tiling]:
     """One tile for the whole picture, or two, three, … along each axis."""
     found = []
@@ -262,17 +293,20 @@ def tilings(
             continue
         half = some[0] // 2 + 1
         for images in (0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)):
-            rows = half if prepared else _rows_at_a_time(shape, Tiling(some, half, images))
-            found.append(Tiling(some, rows, images))
+            tiling = Tiling(some, half, images)
+            rows = half if way == "prepared" else _rows_at_a_time(shape, tiling, way)
+            found.append(tiling._replace(rows=rows))
     return found
 
 
-def _rows_at_a_time(shape: Shape, tiling: Tiling) -> int:
+def _rows_at_a_time(shape: Shape, tiling: Tiling, way: Way) -> int:
     """As many rows of frequencies as fit into `SLAB`, or a few less that fill the steps evenly."""
     high, wide = _cuts(shape, tiling.periods)
     tiles = high.count * wide.count * (tiling.images or shape.batch)
-    pairs = shape.channels * shape.outputs // shape.groups
-    row = tiling.periods[1] * 2 * (pairs + tiles * (shape.channels + 2 * shape.outputs))
+    channels, outputs = shape.channels, shape.outputs
+    twice = channels if way == "fourier_by_kernel" else min(channels, outputs)
+    pairs = channels * outputs // shape.groups
+    row = tiling.periods[1] * 2 * (pairs + tiles * (channels + outputs + twice))
     rows = min(tiling.rows, max(1, int(SLAB // (row * shape.bytes))))
     return -(-tiling.rows // -(-tiling.rows // rows))
 

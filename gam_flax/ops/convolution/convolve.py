@@ -12,17 +12,15 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float
 
-from gam_flax.ops.convolution import direct, fourier
+from gam_flax.ops.convolution import direct, planned
 from gam_flax.ops.convolution.choose import Shape, best_tiling, cheapest_tiling
-from gam_flax.ops.convolution.fourier import Padding
+from gam_flax.ops.convolution.planned import Plan
+from gam_flax.ops.convolution.tiles import Padding
 
-Algorithm = Literal[
-    "auto", "direct", "plain", "piecewise", "per_group", "pointwise", "tap_by_tap", "fourier"
-]
+Algorithm = Literal["auto", "direct", "plain", "piecewise", "pointwise", "tap_by_tap", "fourier"]
 """
 - plain: `lax.conv_general_dilated`.
-- piecewise: plain, the kernel's gradient a few pictures at a time; not grouped.
-- per_group: one such convolution a group.
+- piecewise: plain, a group at a time, the kernel's gradient a few pictures at a time.
 - pointwise: a product at every pixel; kernels of one pixel, not grouped or padded.
 - tap_by_tap: shifted pictures, added; depthwise convolutions only.
 - fourier: a product per frequency and group, tile by tile, see `fourier.py`.
@@ -105,24 +103,21 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
         return partial(direct.tap_by_tap, strides=shape.strides, padding=shape.padding)
     if shape.pointwise and (auto or algorithm == "pointwise"):
         return partial(direct.pointwise, strides=shape.strides)
-    tiling = _tiling(shape, algorithm)
-    if tiling is not None:
-        return partial(fourier.correlate, padding=shape.padding, tiling=tiling, groups=shape.groups)
-    if algorithm == "per_group" or (auto and 1 < shape.groups <= MANY_GROUPS):
-        return partial(
-            direct.per_group, strides=shape.strides, padding=shape.padding, groups=shape.groups
-        )
-    if shape.groups == 1 and shape.known and (auto or algorithm == "piecewise"):
-        return lambda x, kernel: direct.piecewise(x, kernel, shape.strides, shape.padding)
-    return None
-
-
-def _tiling(shape: Shape, algorithm: str) -> fourier.Tiling | None:
-    if shape.strides != (1, 1) or not shape.known:
+    if algorithm not in PLANNED or not shape.known or shape.groups > MANY_GROUPS:
         return None
-    if algorithm == "auto":
-        return cheapest_tiling(shape) if shape.groups <= MANY_GROUPS else None
-    return best_tiling(shape) if algorithm == "fourier" else None
+    plan = Plan(shape.sizes, shape.kernel_size, shape.strides, shape.padding, shape.groups)
+    choose = PLANNED[algorithm]
+    if choose and shape.strides == (1, 1):
+        plan = plan._replace(
+            result=choose(shape),
+            by_pictures=choose(shape.adjoint) if shape.adjoint else None,
+            by_kernel=choose(shape, "fourier_by_kernel"),
+        )
+    return lambda x, kernel: planned.correlate(x, kernel, plan)
+
+
+PLANNED = {"auto": cheapest_tiling, "fourier": best_tiling, "direct": None, "piecewise": None}
+"""The algorithms that have a `Plan` → what chooses its tiles."""
 
 
 def conv_general_dilated(

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float
 
 from gam_flax.ops.convolution import direct, fourier
 from gam_flax.ops.convolution.choose import Shape, best_tiling
-from gam_flax.ops.convolution.fourier import Padding
+from gam_flax.ops.convolution.tiles import Padding
 
 
 class PreparedConv(nnx.Module):
@@ -50,8 +50,8 @@ class PreparedConv(nnx.Module):
         self.use_bias = use_bias
         self.dtype = dtype
         self.param_dtype = param_dtype
-        channels, outputs = (number // groups for number in features)
-        shape = (periods[0] // 2 + 1, groups, periods[1], channels, 2 * outputs)
+        kernel = (*kernel_size, features[0] // groups, features[1])
+        shape = fourier.spectrum_shape(kernel, periods, groups)
         self.spectrum = nnx.Param(jnp.zeros(shape, param_dtype))
         self.bias = nnx.Param(jnp.zeros(features[1], param_dtype)) if use_bias else None
 
@@ -96,12 +96,17 @@ class PreparedConv(nnx.Module):
         shape = Shape.of(
             x, jax.ShapeDtypeStruct(kernel, x.dtype), (1, 1), self.padding, self.groups
         )
-        tiling = best_tiling(shape, prepared=True, periods=self.periods)
+        tiling = best_tiling(shape, "prepared", periods=self.periods)
         assert tiling is not None
         return fourier.correlate_spectrum(x, spectrum, self.kernel_size, self.padding, tiling)
 
     def _plain(self, x: Array, spectrum: Array) -> Array:
-        kernel = _kernel(spectrum.astype(x.dtype), self.periods, self.kernel_size)
+        kernel = _kernel(
+            spectrum.astype(x.dtype),
+            self.periods,
+            self.kernel_size,
+            self.features[0] // self.groups,
+        )
         return direct.plain(x, kernel, (1, 1), self.padding, self.groups)
 
 
@@ -113,11 +118,13 @@ def window(conv: nnx.Conv) -> tuple[tuple[int, int], Padding]:
     return (high, wide), ((top, bottom), (left, right))
 
 
-def _kernel(spectrum: Array, periods: tuple[int, int], kernel_size: tuple[int, int]) -> Array:
+def _kernel(
+    spectrum: Array, periods: tuple[int, int], kernel_size: tuple[int, int], channels: int
+) -> Array:
     """The kernel again: `fourier.kernel_spectrum` undone, exact but for rounding."""
-    real, imaginary = jnp.split(spectrum, 2, -1)
+    real, imaginary = jnp.split(spectrum, 2, -1 if spectrum.shape[-2] == channels else -2)
     whole = jnp.fft.ifft(jax.lax.complex(real, -imaginary), axis=2)  # the spectrum is conjugate
     kernels = jnp.fft.irfft(whole, periods[0], axis=0)
-    (high, wide), (_, groups, _, channels, outputs) = kernel_size, kernels.shape
+    (high, wide), (groups, outputs) = kernel_size, (kernels.shape[1], kernels.shape[-1])
     taps = kernels[:high, :, :wide].transpose(0, 2, 3, 1, 4)
     return taps.reshape(high, wide, channels, groups * outputs)
