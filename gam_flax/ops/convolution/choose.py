@@ -110,8 +110,8 @@ def _is_whole(sizes: list[Any]) -> bool:
 
 
 class PlainCost(NamedTuple):
-    """What `lax.conv_general_dilated` has to do: multiplications; numbers of the patches around all
-    pixels, of inputs and (going backward) of outputs; numbers of pictures; numbers of the kernel."""
+    """What XLA's convolution has to do: multiplications; numbers of the patches around all pixels,
+    of inputs and (going backward) of outputs; numbers of pictures; numbers of the kernel."""
 
     products: float
     patches: float
