@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import sys
+import tempfile
 import types
 import warnings
 from collections.abc import Callable, Iterator
@@ -16,6 +18,15 @@ from beartype.roar import BeartypeDecorHintException, BeartypeDecorHintPep585Dep
 
 # Most of a small test is compilation, and on a CPU most of that is jax's own random generator.
 os.environ.setdefault("JAX_DEFAULT_PRNG_IMPL", "rbg")
+
+# A quarter of a run was compiling what another worker, or another file, had compiled before.
+# Workers and what tests start find the folder in the environment.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="gam-attention-tests-")
+    atexit.register(programs.cleanup)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = programs.name
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
 
 # Deadlines fail on a busy machine, and a test that draws anew each time fails for someone else.
 hypothesis.settings.register_profile(
