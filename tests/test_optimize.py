@@ -70,7 +70,10 @@ MODELS = {
 }
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name == "mobilenet_v2")) for name in MODELS],
+)
 def test_in_float64_the_answers_are_the_same(name, eager_choice):
     make, shape = MODELS[name]
     with jax.enable_x64(True):

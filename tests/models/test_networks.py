@@ -260,7 +260,7 @@ REMAT = {
 PRODUCTS = ("convolution", "dot_general")
 
 
-@pytest.mark.parametrize("name", REMAT)
+@pytest.mark.parametrize("name", ["resnet8", pytest.param("mobilenet_v2", marks=pytest.mark.slow)])
 def test_remat_computes_more_and_finds_the_same(name):
     """XLA on a CPU merges what is computed twice, so the program is asked before it does."""
     state = gam_torch.create_model(name, **REMAT[name])

@@ -52,7 +52,6 @@ QUICK = [
     ("bottleneck", "cbam", "blocks", False),
     ("bottleneck", "se", "blocks", True),
     ("bottleneck", "gam", (2, 1), True),
-    ("mobilenet", "se", "blocks", False),
     ("mobilenet", "grouped", (2, 1), True),
 ]
 assert set(QUICK) <= set(ALL)
