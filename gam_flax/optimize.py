@@ -33,8 +33,8 @@ class FoldedConv(nnx.Conv):
 
 
 USUAL_MEMORY = 400e6
-"""Bytes that spectra may take by default. With more, a process that runs ResNet-50 with GAM would
-take more than twice what torch takes."""
+"""Bytes that spectra may take by default. A process that runs ResNet-50 with GAM then takes about
+twice what torch takes."""
 
 
 def optimize_for_inference(

@@ -188,7 +188,7 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
     into = half * 2 * (high.inputs * wide.inputs + m * 2 * wide.inputs)
     back = half * 2 * (high.outputs * wide.outputs + m * 2 * wide.outputs)
     transforms = tiles * (into * channels + back * outputs)
-    twice = channels if way == "fourier_by_kernel" else min(channels, outputs)
+    twice = _twice(shape, way)
     moved = 2 * half * ((wide.inputs + m) * channels + (wide.outputs + m) * outputs + m * twice)
     moved += 2 * high.inputs * wide.inputs * channels
     temporary = 2 * tiles * half * wide.inputs * channels
@@ -209,6 +209,11 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
         chunks * tiles * moved * _far(temporary * shape.bytes),
         chunks * spectrum * _far(spectrum * shape.bytes) if way == "prepared" else 0.0,
     )
+
+
+def _twice(shape: Shape, way: Way) -> int:
+    """The channels whose real and imaginary parts a product has twice."""
+    return shape.channels if way == "fourier_by_kernel" else min(shape.channels, shape.outputs)
 
 
 def _far(size: float) -> float:
@@ -319,7 +324,7 @@ def _rows_at_a_time(shape: Shape, tiling: Tiling, way: Way) -> int:
     high, wide = _cuts(shape, tiling.periods)
     tiles = high.count * wide.count * (tiling.images or shape.batch)
     channels, outputs = shape.channels, shape.outputs
-    twice = channels if way == "fourier_by_kernel" else min(channels, outputs)
+    twice = _twice(shape, way)
     pairs = channels * outputs // shape.groups
     row = tiling.periods[1] * 2 * (pairs + tiles * (channels + outputs + twice))
     rows = min(tiling.rows, max(1, int(SLAB // (row * shape.bytes))))

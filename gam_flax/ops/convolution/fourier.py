@@ -232,11 +232,8 @@ def _rows(rows: Array, spectrum: Array, along: np.ndarray, back: np.ndarray) -> 
 
 def _inputs_twice(x: Array, spectrum: Array) -> Array:
     """(real, -imaginary) and (imaginary, real) of `x` by (real, imaginary) of the spectrum."""
-    high, wide, _, tiles, groups, channels = x.shape
-    real, imaginary = jax.lax.split(x, (1, 1), 2)
-    x = jnp.stack([x, jnp.concatenate([-imaginary, real], 2)], 5)
-    x = x.reshape(high, wide, 2 * tiles, groups, 2 * channels)
-    y = jnp.einsum("fgtnc,fngco->fngto", x, spectrum)
+    high, wide, _, tiles, groups, _ = x.shape
+    y = jnp.einsum("fgtnc,fngco->fngto", _beside_turned(x, 1), spectrum)
     return y.reshape(high, groups, wide, 2, tiles, -1)
 
 
@@ -258,12 +255,17 @@ def _products(x: Array, g: Array, groups: int) -> Array:
     high, wide, _, tiles, _ = x.shape
     x = x.reshape(high, wide, 2, tiles, groups, -1)
     g = g.reshape(high, wide, 2 * tiles, groups, -1)
-    channels = x.shape[-1]
+    z = jnp.einsum("fgtnc,fgtno->fgcno", _beside_turned(x, -1), g)
+    return z.reshape(high, wide, 2, x.shape[-1], -1)
+
+
+def _beside_turned(x: Array, sign: int) -> Array:
+    """(f, g, part, tile, group, channel) as rows (part, tile), and beside each number itself times
+    i, or -i where `sign` is negative: (f, g, 2 · tiles, group, 2 · channels)."""
+    high, wide, _, tiles, groups, channels = x.shape
     real, imaginary = jax.lax.split(x, (1, 1), 2)
-    x = jnp.stack([x, jnp.concatenate([imaginary, -real], 2)], 5)
-    x = x.reshape(high, wide, 2 * tiles, groups, 2 * channels)
-    z = jnp.einsum("fgtnc,fgtno->fgcno", x, g)
-    return z.reshape(high, wide, 2, channels, -1)
+    x = jnp.stack([x, jnp.concatenate([-sign * imaginary, sign * real], 2)], 5)
+    return x.reshape(high, wide, 2 * tiles, groups, 2 * channels)
 
 
 def _a_row(matrix: np.ndarray, rows: Array) -> Array:
