@@ -51,7 +51,7 @@ class Row(NamedTuple):
     @property
     def features(self) -> tuple[float, ...]:
         if self.tiling is None:
-            return choose.plain_features(self.shape)
+            return choose.plain_features(self.shape.merged if self.kind == "plain" else self.shape)
         return choose.fourier_features(self.shape, self.tiling, cast("choose.Way", self.kind))
 
     @classmethod

@@ -94,6 +94,8 @@ WAYS = {
     "piecewise, strided": ({"strides": (2, 1)}, 1),
     "piecewise, more outputs": ({}, 1),
     "piecewise, grouped": ({"groups": 2}, 2),
+    "piecewise, narrow groups": ({"groups": 3}, 3),
+    "piecewise, narrow groups, strided": ({"groups": 3, "strides": (1, 2)}, 3),
     "fourier, grouped": ({"groups": 2}, 2),
     "tap_by_tap": ({"groups": 6}, 6),
     "tap_by_tap, strided": ({"groups": 6, "strides": (2, 2)}, 6),
@@ -107,6 +109,7 @@ def both(request, monkeypatch):
     size = (1, 1) if request.param.startswith("pointwise") else (5, 3)
     outputs = 8 if request.param.endswith("more outputs") else 6
     monkeypatch.setattr(direct, "CACHED", 200)  # a picture at a time
+    monkeypatch.setattr(direct, "NARROW", 3)  # groups of two become one, of three do not
     x, kernel = draw_arrays(1, 2, (9, 11), size, 6 // groups, outputs)
     x = draw_arrays(2, 2, (9, 11), (1, 1), 6, 1)[0]
     options = {"padding": ((2, 2), (1, 1)), **options}
@@ -228,6 +231,15 @@ def test_float32_is_no_less_exact_than_the_plain_way(sides, channels, outputs):
     ):
         error, plain_error = (float(jnp.sqrt(jnp.mean((a - true) ** 2))) for a in (ours, theirs))
         assert error <= plain_error
+
+
+@pytest.mark.parametrize(
+    "channels, outputs, groups, merged",
+    [(64, 16, 4, 2), (16, 64, 4, 2), (64, 64, 4, 4), (32, 32, 1, 1), (6, 6, 3, 1), (4, 8, 4, 1)],
+)
+def test_narrow_groups_become_one(channels, outputs, groups, merged):
+    """Where there are 8 channels and outputs in each; all of them, where there never are."""
+    assert direct.merged_groups(channels, outputs, groups) == merged
 
 
 class TestTheChoice:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
+from gam_flax.ops.convolution.direct import merged_groups
 from gam_flax.ops.convolution.tiles import Padding, Tiling, adjoint_padding, cut
 
 SLAB = 15e6
@@ -76,9 +77,9 @@ class Shape(NamedTuple):
         return self.groups > 1 and self.groups == self.channels == self.outputs
 
     @property
-    def pointwise(self) -> bool:
-        bare = self.padding == ((0, 0), (0, 0)) and self.kernel_size == (1, 1)
-        return bare and self.groups == 1 and self.known
+    def merged(self) -> Shape:
+        """With as many groups as are computed where there are no tiles."""
+        return self._replace(groups=merged_groups(self.channels, self.outputs, self.groups))
 
     @property
     def adjoint(self) -> Shape | None:
@@ -153,16 +154,24 @@ class Machine(NamedTuple):
 MACHINES = (
     Machine(
         "epyc-9005",
-        PlainCost(5.75e-12, 8.36e-11, 1.51e-11, 4.9e-10, 5.26e-10),
+        PlainCost(6.05e-12, 6.93e-11, 9.41e-12, 5.59e-10, 5.19e-10),
         PlainCost(6.86e-12, 1.1e-10, 1.25e-10, 1.89e-9, 1.16e-9),
         Cost(1.45e-11, 6.43e-12, 3.59e-10, 2.14e-10, 4.21e-6, 5.77e-10, 0),
         Cost(9.69e-12, 1.34e-11, 8.7e-10, 2.35e-10, 4.42e-5, 4.84e-10, 0),
         Cost(1.79e-11, 8.08e-12, 3.3e-11, 1.71e-10, 1.54e-5, 3.42e-10, 9.65e-11),
     ),
+    Machine(
+        "epyc-9004",
+        PlainCost(1.14e-11, 1.23e-10, 1.89e-13, 1.76e-9, 1.37e-9),
+        PlainCost(7.7e-12, 3.09e-10, 3.81e-10, 1.76e-9, 3.28e-9),
+        Cost(3.14e-11, 1.93e-11, 4.58e-10, 3.43e-10, 1.52e-5, 5.22e-10, 0),
+        Cost(2.19e-11, 2.77e-11, 1.06e-9, 3.55e-10, 1.73e-4, 5.83e-10, 0),
+        Cost(2.99e-11, 1.23e-11, 4.81e-11, 3.71e-10, 4.1e-5, 4.13e-10, 2.11e-10),
+    ),
 )
-"""Two cores of an AMD EPYC 9005 (450 GFLOP/s of products, 43 GB/s of memory) with jax 0.10.2.
-`python -m benchmarks.convolution_model` measured random convolutions there and fitted these."""
-
+"""Two cores of an AMD EPYC 9005 (450 GFLOP/s of products, 43 GB/s of memory) and of a 9004 (190 and
+49), with jax 0.10.2. `python -m benchmarks.convolution_model` measured random convolutions there
+and fitted these."""
 
 def plain_features(shape: Shape) -> PlainCost:
     taps = math.prod(shape.kernel_size)
@@ -237,9 +246,13 @@ PLAIN: dict[Way, Literal["plain", "plain_by_kernel"]] = {
 """What tiles are compared with: what there is without them."""
 
 
+def without_tiles(shape: Shape, way: Way) -> PlainCost:
+    return plain_features(shape.merged if PLAIN[way] == "plain" else shape)
+
+
 def share(shape: Shape, tiling: Tiling, way: Way) -> float:
     """The part of plain's time that tiles take: the largest that a machine of `MACHINES` says."""
-    plain, tiles = plain_features(shape), fourier_features(shape, tiling, way)
+    plain, tiles = without_tiles(shape, way), fourier_features(shape, tiling, way)
     return max(
         seconds(tiles, getattr(machine, way)) / seconds(plain, getattr(machine, PLAIN[way]))
         for machine in MACHINES
@@ -284,7 +297,7 @@ class Preparation(NamedTuple):
 
 def preparations(shape: Shape) -> list[Preparation]:
     """As it is, and each period whose spectrum makes the convolution cheaper."""
-    plain = seconds(plain_features(shape), MACHINES[0].plain)
+    plain = seconds(without_tiles(shape, "prepared"), MACHINES[0].plain)
     found = []
     for periods in {tiling.periods for tiling in tilings(shape, "prepared")}:
         tiling = best_tiling(shape, "prepared", periods=periods)

@@ -101,13 +101,13 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
     auto = algorithm in ("auto", "direct")
     if shape.depthwise and (auto or algorithm == "tap_by_tap"):
         return partial(direct.tap_by_tap, strides=shape.strides, padding=shape.padding)
-    if shape.pointwise and (auto or algorithm == "pointwise"):
-        return partial(direct.pointwise, strides=shape.strides)
     if algorithm not in PLANNED or not shape.known or shape.groups > MANY_GROUPS:
         return None
     plan = Plan(shape.sizes, shape.kernel_size, shape.strides, shape.padding, shape.groups)
+    if algorithm == "pointwise" and not plan.pointwise:
+        return None
     choose = PLANNED[algorithm]
-    if choose and shape.strides == (1, 1):
+    if choose and not plan.pointwise and shape.strides == (1, 1):
         plan = plan._replace(
             result=choose(shape),
             by_pictures=choose(shape.adjoint) if shape.adjoint else None,
@@ -116,7 +116,11 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
     return lambda x, kernel: planned.correlate(x, kernel, plan)
 
 
-PLANNED = {"auto": cheapest_tiling, "fourier": best_tiling, "direct": None, "piecewise": None}
+PLANNED = {
+    "auto": cheapest_tiling,
+    "fourier": best_tiling,
+    **dict.fromkeys(("direct", "piecewise", "pointwise")),
+}
 """The algorithms that have a `Plan` → what chooses its tiles."""
 
 

@@ -62,12 +62,19 @@ def is_larger(kernel_size: Sequence[int], sizes: Sequence[int]) -> bool:
 def pointwise(
     x: Float[Array, "B H W C"], kernel: Float[Array, "1 1 C O"], strides: Strides
 ) -> Float[Array, "B h w O"]:
-    """A kernel of one pixel: a product at every pixel.
-
-    XLA on a CPU writes the kernel's gradient as a convolution by a kernel as large as the picture,
-    which was measured to take up to 80 times as long as this product's.
-    """
+    """A kernel of one pixel: a product at every pixel."""
     return x[:, :: strides[0], :: strides[1]] @ kernel[0, 0]
+
+
+def pointwise_gradient(
+    x: Float[Array, "B H W C"], g: Float[Array, "B h w O"], strides: Strides
+) -> Float[Array, "1 1 C O"]:
+    """The gradient of `pointwise` by its kernel, where `g` is that by its outputs.
+
+    XLA on a CPU writes it as a convolution by a kernel as large as the picture, which was measured
+    to take up to 80 times as long as this product; JAX's transpose, `g` times `x`, up to twice.
+    """
+    return jnp.einsum("bhwc,bhwo->co", x[:, :: strides[0], :: strides[1]], g)[None, None]
 
 
 def of_kernel(
@@ -135,6 +142,29 @@ def per_group(
         return way(x, kernel)
     pairs = zip(jnp.split(x, groups, -1), jnp.split(kernel, groups, -1), strict=True)
     return jnp.concatenate([way(some, part) for some, part in pairs], -1)
+
+
+NARROW = 8
+"""Channels, or outputs, of a group: with fewer XLA on a CPU takes as long or longer, up to 5 times,
+because its vectors are not full."""
+
+
+def merged_groups(channels: int, outputs: int, groups: int) -> int:
+    """As many groups as are not narrow when neighbours become one; 1 where none would be."""
+    narrowest = min(channels, outputs) // groups
+    counts = (n for n in range(1, groups + 1) if groups % n == 0 and n * narrowest >= NARROW)
+    return groups // next(counts, groups)
+
+
+def merged(kernel: Float[Array, "k l D O"], groups: int, into: int) -> Float[Array, "k l E O"]:
+    """The same convolution's kernel in `into` groups: zeros between those that became one."""
+    high, wide, channels, outputs = kernel.shape
+    count = groups // into
+    if count == 1:
+        return kernel
+    parts = kernel.reshape(high, wide, channels, into, count, outputs // groups)
+    blocks = jnp.einsum("hwcgno,nm->hwmcgno", parts, jnp.eye(count, dtype=kernel.dtype))
+    return blocks.reshape(high, wide, count * channels, outputs)
 
 
 def tap_by_tap(

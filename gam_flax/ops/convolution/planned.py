@@ -42,6 +42,11 @@ class Plan(NamedTuple):
     by_pictures: Tiling | None = None
     by_kernel: Tiling | None = None
 
+    @property
+    def pointwise(self) -> bool:
+        bare = self.kernel_size == (1, 1) and self.padding == ((0, 0), (0, 0))
+        return bare and self.groups == 1
+
 
 def correlate(
     x: Float[Array, "B H W C"], kernel: Float[Array, "k l D O"], plan: Plan
@@ -51,8 +56,11 @@ def correlate(
 
 
 def _without_tiles(x: Array, kernel: Array, plan: Plan) -> Array:
+    if plan.pointwise:
+        return direct.pointwise(x, kernel, plan.strides)
     way = partial(direct.in_borders, strides=plan.strides, padding=plan.padding)
-    return direct.per_group(way, x, kernel, plan.groups)
+    groups = direct.merged_groups(x.shape[-1], kernel.shape[-1], plan.groups)
+    return direct.per_group(way, x, direct.merged(kernel, plan.groups, groups), groups)
 
 
 def _result(x: Array, kernel: Array, plan: Plan) -> Array:
@@ -74,6 +82,8 @@ def _by_pictures(g: Array, kernel: Array, plan: Plan) -> Array:
 
 
 def _by_kernel(x: Array, g: Array, plan: Plan) -> Array:
+    if plan.pointwise:
+        return direct.pointwise_gradient(x, g, plan.strides)
     if plan.by_kernel is None:
         way = partial(direct.of_kernel, strides=plan.strides, padding=plan.padding)
         like = _like(g, (*plan.kernel_size, x.shape[-1] // plan.groups, g.shape[-1]))
