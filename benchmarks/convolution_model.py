@@ -224,9 +224,9 @@ def check(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": shape, "tilings": chosen(shape)}
     step = with_gradients(auto)
     row["training"] = turns(step, with_gradients(plain), x, kernel, g)
-    if any(row["tilings"]):
+    if any(row["tilings"].values()):
         row["training over pieces"] = turns(step, with_gradients(pieces), x, kernel, g)
-    if row["tilings"][0]:
+    if row["tilings"]["result"]:
         row["forward"] = turns(jax.jit(auto), jax.jit(plain), x, kernel)
     periods = min(choose.preparations(shape), key=lambda one: one.seconds).periods
     ready = periods and choose.best_tiling(shape, "prepared", periods=periods)
@@ -238,11 +238,10 @@ def check(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
     return row
 
 
-def chosen(shape: Shape) -> list[Tiling | None]:
-    """Of the result and the two gradients."""
-    adjoint = shape.adjoint and choose.cheapest_tiling(shape.adjoint)
-    by_kernel = choose.cheapest_tiling(shape, "fourier_by_kernel")
-    return [choose.cheapest_tiling(shape), adjoint, by_kernel]
+def chosen(shape: Shape) -> dict[str, Tiling | None]:
+    """Function → its tiles."""
+    functions = choose.functions(shape)
+    return {name: choose.cheapest_tiling(*function) for name, function in functions.items()}
 
 
 def with_gradients(way: Callable[..., jax.Array]) -> Callable[..., Any]:

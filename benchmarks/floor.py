@@ -82,10 +82,9 @@ def _functions(
     """What is computed, and how: the result and, in training, the gradients by both arguments."""
     if isinstance(conv, PreparedConv):
         return [(shape, choose.best_tiling(shape, "prepared", periods=conv.periods), "prepared")]
-    functions: list[tuple[Shape | None, choose.Way]] = [(shape, "fourier")]
-    if training:
-        functions += [(shape.adjoint, "fourier"), (shape, "fourier_by_kernel")]
-    return [(one, choose.cheapest_tiling(one, way), way) for one, way in functions if one]
+    functions = choose.functions(shape)
+    some = functions.values() if training else [functions["result"]]
+    return [(one, choose.cheapest_tiling(one, way), way) for one, way in some]
 
 
 def _flops(shape: Shape, tiling: Tiling | None, way: choose.Way) -> tuple[float, float]:

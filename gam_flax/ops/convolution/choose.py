@@ -140,6 +140,15 @@ Way = Literal["fourier", "fourier_by_kernel", "prepared"]
 a convolution whose kernel's spectrum is there."""
 
 
+def functions(shape: Shape) -> dict[str, tuple[Shape, Way]]:
+    """Those of a convolution of stride 1 that may have tiles, by their names in a `Plan`."""
+    found: dict[str, tuple[Shape, Way]] = {
+        "result": (shape, "fourier"),
+        "by_kernel": (shape, "fourier_by_kernel"),
+    }
+    return found if shape.adjoint is None else {**found, "by_pictures": (shape.adjoint, "fourier")}
+
+
 class Machine(NamedTuple):
     """Seconds for each of what is counted, on one machine. Only their ratios matter."""
 
@@ -172,6 +181,7 @@ MACHINES = (
 """Two cores of an AMD EPYC 9005 (450 GFLOP/s of products, 43 GB/s of memory) and of a 9004 (190 and
 49), with jax 0.10.2. `python -m benchmarks.convolution_model` measured random convolutions there
 and fitted these."""
+
 
 def plain_features(shape: Shape) -> PlainCost:
     taps = math.prod(shape.kernel_size)

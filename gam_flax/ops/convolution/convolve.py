@@ -13,7 +13,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from gam_flax.ops.convolution import direct, planned
-from gam_flax.ops.convolution.choose import Shape, best_tiling, cheapest_tiling
+from gam_flax.ops.convolution.choose import Shape, best_tiling, cheapest_tiling, functions
 from gam_flax.ops.convolution.planned import Plan
 from gam_flax.ops.convolution.tiles import Padding
 
@@ -108,11 +108,8 @@ def _other_way(shape: Shape, algorithm: str) -> Way | None:
         return None
     choose = PLANNED[algorithm]
     if choose and not plan.pointwise and shape.strides == (1, 1):
-        plan = plan._replace(
-            result=choose(shape),
-            by_pictures=choose(shape.adjoint) if shape.adjoint else None,
-            by_kernel=choose(shape, "fourier_by_kernel"),
-        )
+        tilings = {name: choose(*function) for name, function in functions(shape).items()}
+        plan = plan._replace(**tilings)
     return lambda x, kernel: planned.correlate(x, kernel, plan)
 
 
