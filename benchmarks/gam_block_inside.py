@@ -53,7 +53,7 @@ BLOCKS = {
     "ResNet-50 with GAM, inference, all the memory": Work(
         "resnet50", False, ("8,3,224",), 3, {"memory": math.inf}, PAPER
     ),
-    "ResNet-50 with GAM, training": Work("resnet50", True, ("8,3,224",), 3, arguments=PAPER),
+    "ResNet-50 with GAM, training": Work("resnet50", True, ("8,3,224",), 1, arguments=PAPER),
 }
 DETECTION = ("1,3,320", "8,3,320", "1,3,640", "8,3,640")
 DETECTORS = {
