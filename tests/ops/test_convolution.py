@@ -109,7 +109,7 @@ def both(request, monkeypatch):
     size = (1, 1) if request.param.startswith("pointwise") else (5, 3)
     outputs = 8 if request.param.endswith("more outputs") else 6
     monkeypatch.setattr(direct, "CACHED", 200)  # a picture at a time
-    monkeypatch.setattr(direct, "NARROW", 3)  # groups of two become one, of three do not
+    monkeypatch.setattr(direct, "NARROW", 3)  # groups of two channels become one
     x, kernel = draw_arrays(1, 2, (9, 11), size, 6 // groups, outputs)
     x = draw_arrays(2, 2, (9, 11), (1, 1), 6, 1)[0]
     options = {"padding": ((2, 2), (1, 1)), **options}
@@ -235,10 +235,10 @@ def test_float32_is_no_less_exact_than_the_plain_way(sides, channels, outputs):
 
 @pytest.mark.parametrize(
     "channels, outputs, groups, merged",
-    [(64, 16, 4, 2), (16, 64, 4, 2), (64, 64, 4, 4), (32, 32, 1, 1), (6, 6, 3, 1), (4, 8, 4, 1)],
+    [(64, 16, 4, 2), (16, 64, 4, 2), (64, 64, 4, 4), (32, 32, 1, 1), (6, 6, 3, 1), (32, 144, 8, 8)],
 )
 def test_narrow_groups_become_one(channels, outputs, groups, merged):
-    """Where there are 8 channels and outputs in each; all of them, where there never are."""
+    """Until there are five channels and outputs in each, but never more than 32."""
     assert direct.merged_groups(channels, outputs, groups) == merged
 
 

@@ -144,16 +144,21 @@ def per_group(
     return jnp.concatenate([way(some, part) for some, part in pairs], -1)
 
 
-NARROW = 8
-"""Channels, or outputs, of a group: with fewer XLA on a CPU takes as long or longer, up to 5 times,
-because its vectors are not full."""
+NARROW, WIDE = 5, 32
+"""With fewer channels, or outputs, than `NARROW` in a group XLA on a CPU does not fill its vectors.
+Neighbouring groups as one were measured to take an eighth to all of the time where neither their
+channels nor their outputs are then more than `WIDE`, and longer beyond."""
 
 
 def merged_groups(channels: int, outputs: int, groups: int) -> int:
-    """As many groups as are not narrow when neighbours become one; 1 where none would be."""
-    narrowest = min(channels, outputs) // groups
-    counts = (n for n in range(1, groups + 1) if groups % n == 0 and n * narrowest >= NARROW)
-    return groups // next(counts, groups)
+    """How many groups there are when narrow ones that are neighbours become one."""
+    narrow, wide = sorted((channels // groups, outputs // groups))
+    merged = groups
+    for count in (n for n in range(1, groups + 1) if groups % n == 0 and n * wide <= WIDE):
+        merged = groups // count
+        if count * narrow >= NARROW:
+            break
+    return merged
 
 
 def merged(kernel: Float[Array, "k l D O"], groups: int, into: int) -> Float[Array, "k l E O"]:
