@@ -80,18 +80,8 @@ def pointwise_gradient(
 def of_kernel(
     x: Float[Array, "B H W C"], kernel: Float[Array, "k l C O"], strides: Strides, padding: Padding
 ) -> Float[Array, "B h w O"]:
-    """`plain`, whose transpose by the kernel is made of pieces that XLA on a CPU is fast with."""
-    if _exchanges(kernel, strides):
-        return _exchanged(x, kernel, padding)
-    return _by_images(x, kernel, padding, strides)
-
-
-def _exchanges(kernel: Array, strides: Strides) -> bool:
-    return strides == (1, 1) and kernel.shape[3] > kernel.shape[2]
-
-
-def _by_images(x: Array, kernel: Array, padding: Padding, strides: Strides) -> Array:
-    """`plain`, so few pictures at a time that the gradient of their outputs stays `CACHED`.
+    """`plain`, so few pictures at a time that its transpose by the kernel has no more than `CACHED`
+    to multiply with.
 
     Every n-th picture is of one piece, so that of a batch which is cut over devices each has its
     part of every piece.
@@ -105,26 +95,6 @@ def _by_images(x: Array, kernel: Array, padding: Padding, strides: Strides) -> A
     pictures = x.reshape(-1, count, *x.shape[1:])
     pieces = [way(pictures[:, i], kernel) for i in range(count)]
     return jnp.stack(pieces, 1).reshape(outputs.shape)
-
-
-def _exchanged(x: Array, kernel: Array, padding: Padding) -> Array:
-    """The same sum with the roles of pictures and kernel exchanged, of stride 1.
-
-    In its transpose the outputs' gradient is what is convolved, and the pictures are the kernel:
-    less to multiply with where there are fewer channels than outputs.
-    """
-    sizes = [x.shape[1 + axis] + sum(padding[axis]) - kernel.shape[axis] + 1 for axis in (0, 1)]
-    around = [
-        (size - 1 - after, size - 1 - before)
-        for size, (before, after) in zip(sizes, padding, strict=True)
-    ]
-    return jax.lax.conv_general_dilated(
-        jnp.flip(kernel, (0, 1)),
-        jnp.flip(x, (1, 2)),
-        (1, 1),
-        around,
-        dimension_numbers=jax.lax.ConvDimensionNumbers((3, 2, 0, 1), (0, 3, 1, 2), (3, 0, 1, 2)),
-    )
 
 
 def per_group(
