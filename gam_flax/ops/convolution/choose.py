@@ -137,7 +137,8 @@ a convolution whose kernel's spectrum is there."""
 
 MARGINS: dict[Way, float] = {"fourier": 0.65, "fourier_by_kernel": 0.7, "prepared": 0.7}
 """Tiles are taken where they promise to take this part of the time without them. Of the
-measurements that the models were fitted to, one in forty that is let in is slower by a tenth or more."""
+measurements that the models were fitted to and that it lets in, one in forty takes a tenth longer
+or more."""
 
 
 def functions(shape: Shape) -> dict[str, tuple[Shape, Way]]:
