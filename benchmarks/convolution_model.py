@@ -2,7 +2,7 @@
 
     python -m benchmarks.convolution_model measure    # random convolutions; adds to what is there
     python -m benchmarks.convolution_model fit        # prints the coefficients for choose.py
-    python -m benchmarks.convolution_model check      # random shapes: chosen against plain
+    python -m benchmarks.convolution_model check      # chosen against plain, random shapes; adds, too
 
 `--machine` names the one that this runs on; choose.py has each by its name.
 
@@ -281,11 +281,12 @@ def measure_more(shapes: list[Shape], rng: np.random.Generator, tries: int, mach
 
 
 def check_all(shapes: list[Shape], rng: np.random.Generator, machine: str) -> None:
-    on = processes.machine()
-    rows = []
+    path = RESULTS / f"convolution_check_{machine}.json"
+    kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
+    on, rows = kept.get("machine") or processes.machine(), kept["rows"]
     for shape in track(shapes, "checking"):
         rows.append(check(shape, rng))
-        record(RESULTS / f"convolution_check_{machine}.json", {"machine": on}, rows)
+        record(path, {"machine": on}, rows)
     for kind in ("training", "training over pieces", "forward", "prepared"):
         ratios = np.array([row[kind] for row in rows if kind in row])
         if ratios.size:

@@ -135,8 +135,11 @@ def markdown(kept: dict[str, Any], suite: Suite = SUITE) -> str:
 
 
 def _when(record: Mapping[str, Any]) -> str:
-    rounds, load = record["settings"]["rounds"], record["machine"]["load_average"]
-    return f"{record['date']}, {rounds} rounds, load average before {load}."
+    rounds, on = record["settings"]["rounds"], record["machine"]
+    return (
+        f"{record['date']}, {on['processor']}, {rounds} rounds, "
+        f"load average before {on['load_average']}."
+    )
 
 
 def measure(args: argparse.Namespace, suite: Suite, console: Console) -> dict[str, Any]:

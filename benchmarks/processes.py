@@ -204,8 +204,13 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+    pairs = [line.partition(":")[::2] for line in lines]
+    said = {name.strip(): value.strip() for name, value in reversed(pairs)}
+    if "model name" not in said:
+        return platform.processor() or platform.machine()
+    # A virtual machine's name says little.
+    numbers = [f"{name} {said[name]}" for name in ("cpu family", "model") if name in said]
+    return f"{said['model name']} ({', '.join(numbers)})" if numbers else said["model name"]
 
 
 def cores_in_use() -> int:

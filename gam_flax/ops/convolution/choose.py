@@ -29,6 +29,7 @@ LONGEST = 64
 USUAL_BATCH = 8
 """Taken for a batch whose size is not known yet, as in an export."""
 
+
 class Shape(NamedTuple):
     """All that the choice depends on."""
 
