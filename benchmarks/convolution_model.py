@@ -2,7 +2,7 @@
 
     python -m benchmarks.convolution_model measure    # random convolutions; adds to what is there
     python -m benchmarks.convolution_model fit        # prints the coefficients for choose.py
-    python -m benchmarks.convolution_model check      # chosen against plain, random shapes; adds, too
+    python -m benchmarks.convolution_model check      # chosen against plain; adds to what is there
 
 `--machine` names the one that this runs on; choose.py has each by its name.
 
