@@ -2,7 +2,7 @@
 
     python -m benchmarks.convolution_model measure    # random convolutions; adds to what is there
     python -m benchmarks.convolution_model fit        # prints the coefficients for choose.py
-    python -m benchmarks.convolution_model check      # chosen against plain; adds to what is there
+    python -m benchmarks.convolution_model check      # random shapes: chosen against plain
 
 `--machine` names the one that this runs on; choose.py has each by its name.
 
@@ -51,7 +51,7 @@ class Row(NamedTuple):
     @property
     def features(self) -> tuple[float, ...]:
         if self.tiling is None:
-            return choose.plain_features(self.shape.merged if self.kind == "plain" else self.shape)
+            return choose.without_tiles(self.shape, cast("choose.Plain", self.kind))
         return choose.fourier_features(self.shape, self.tiling, cast("choose.Way", self.kind))
 
     @classmethod
@@ -281,12 +281,11 @@ def measure_more(shapes: list[Shape], rng: np.random.Generator, tries: int, mach
 
 
 def check_all(shapes: list[Shape], rng: np.random.Generator, machine: str) -> None:
-    path = RESULTS / f"convolution_check_{machine}.json"
-    kept = json.loads(path.read_text()) if path.exists() else {"rows": []}
-    on, rows = kept.get("machine") or processes.machine(), kept["rows"]
+    on = processes.machine()
+    rows = []
     for shape in track(shapes, "checking"):
         rows.append(check(shape, rng))
-        record(path, {"machine": on}, rows)
+        record(RESULTS / f"convolution_check_{machine}.json", {"machine": on}, rows)
     for kind in ("training", "training over pieces", "forward", "prepared"):
         ratios = np.array([row[kind] for row in rows if kind in row])
         if ratios.size:

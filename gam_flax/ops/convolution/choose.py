@@ -250,7 +250,10 @@ def seconds(cost: tuple[float, ...], model: tuple[float, ...]) -> float:
     return float(np.dot(cost, model))
 
 
-PLAIN: dict[Way, Literal["plain", "plain_by_kernel"]] = {
+Plain = Literal["plain", "plain_by_kernel"]
+"""Of what there is without tiles: a convolution, and the gradient by the kernel."""
+
+PLAIN: dict[Way, Plain] = {
     "fourier": "plain",
     "fourier_by_kernel": "plain_by_kernel",
     "prepared": "plain",
@@ -258,13 +261,13 @@ PLAIN: dict[Way, Literal["plain", "plain_by_kernel"]] = {
 """What tiles are compared with: what there is without them."""
 
 
-def without_tiles(shape: Shape, way: Way) -> PlainCost:
-    return plain_features(shape.merged if PLAIN[way] == "plain" else shape)
+def without_tiles(shape: Shape, plain: Plain) -> PlainCost:
+    return plain_features(shape.merged if plain == "plain" else shape)
 
 
 def share(shape: Shape, tiling: Tiling, way: Way) -> float:
     """The part of plain's time that tiles take: the largest that a machine of `MACHINES` says."""
-    plain, tiles = without_tiles(shape, way), fourier_features(shape, tiling, way)
+    plain, tiles = without_tiles(shape, PLAIN[way]), fourier_features(shape, tiling, way)
     return max(
         seconds(tiles, getattr(machine, way)) / seconds(plain, getattr(machine, PLAIN[way]))
         for machine in MACHINES
@@ -309,7 +312,7 @@ class Preparation(NamedTuple):
 
 def preparations(shape: Shape) -> list[Preparation]:
     """As it is, and each period whose spectrum makes the convolution cheaper."""
-    plain = seconds(without_tiles(shape, "prepared"), MACHINES[0].plain)
+    plain = seconds(without_tiles(shape, "plain"), MACHINES[0].plain)
     found = []
     for periods in {tiling.periods for tiling in tilings(shape, "prepared")}:
         tiling = best_tiling(shape, "prepared", periods=periods)
