@@ -52,7 +52,8 @@ def problems(draw):
         draw(st.tuples(st.integers(0, k - 1), st.integers(0, k - 1))) for k in kernel_size
     )
     periods = tuple(draw(st.integers(k, k + 30)) for k in kernel_size)
-    tiling = Tiling(periods, draw(st.integers(1, periods[0] // 2 + 1)), draw(st.integers(0, 3)))
+    rows, images = draw(st.integers(1, periods[0] // 2 + 1)), draw(st.integers(0, 3))
+    tiling = Tiling(periods, rows, images, draw(st.sampled_from(["inputs", "outputs"])))
     return kernel_size, sizes, padding, tiling
 
 
@@ -80,7 +81,7 @@ def test_one_point_too_few_would_be_noticed(monkeypatch):
     x, kernel = draw_arrays(0, 1, (14, 14), (7, 7), 2, 2)
     padding = ((3, 3), (3, 3))
     expected = direct.plain(x, kernel, (1, 1), padding)
-    whole = tiles.Cut(1, 14, 3, 14)
+    whole = tiles.Cut(1, 14, tiles.Window(0, 14), 3, tiles.Window(0, 14))
     monkeypatch.setattr(tiles, "cut", lambda *args: whole)
     assert off(fourier.correlate(x, kernel, padding, Tiling((17, 17))), expected) < EXACT
     assert off(fourier.correlate(x, kernel, padding, Tiling((16, 16))), expected) > 0.01

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import product
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -13,7 +14,15 @@ import numpy as np
 from jaxtyping import Array
 
 from gam_flax.ops.convolution.direct import merged_groups
-from gam_flax.ops.convolution.tiles import Padding, Tiling, adjoint_padding, cut
+from gam_flax.ops.convolution.tiles import (
+    Cut,
+    Padding,
+    Side,
+    Tiling,
+    adjoint_padding,
+    cuts,
+    output_sizes,
+)
 
 SLAB = 15e6
 """Bytes of the spectra that a step makes, of pictures, kernel and products: what stays in a cache
@@ -91,11 +100,7 @@ class Shape(NamedTuple):
     @property
     def output_sizes(self) -> tuple[int, int]:
         """Of stride 1."""
-        high, wide = (
-            size + sum(pads) - k + 1
-            for size, pads, k in zip(self.sizes, self.padding, self.kernel_size, strict=True)
-        )
-        return high, wide
+        return output_sizes(self.sizes, self.kernel_size, self.padding)
 
     @property
     def pixels(self) -> int:
@@ -198,7 +203,7 @@ def plain_features(shape: Shape) -> PlainCost:
 
 
 def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
-    (high, wide), (n, m) = _cuts(shape, tiling.periods), tiling.periods
+    (high, wide), (n, m) = _cuts(shape, tiling), tiling.periods
     images = tiling.images or shape.batch
     chunks = -(-shape.batch // images)
     tiles, half = high.count * wide.count * images, n // 2 + 1
@@ -206,18 +211,19 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
     pairs = channels * outputs // shape.groups
     steps = 1 if way == "prepared" else -(-half // tiling.rows)
     rows = half / steps
-    into = half * 2 * (high.inputs * wide.inputs + m * 2 * wide.inputs)
-    back = half * 2 * (high.outputs * wide.outputs + m * 2 * wide.outputs)
+    into = half * 2 * (high.inputs.width * wide.inputs.width + m * 2 * wide.inputs.width)
+    back = half * 2 * (high.outputs.width * wide.outputs.width + m * 2 * wide.outputs.width)
     transforms = tiles * (into * channels + back * outputs)
     twice = _twice(shape, way)
-    moved = 2 * half * ((wide.inputs + m) * channels + (wide.outputs + m) * outputs + m * twice)
-    moved += 2 * high.inputs * wide.inputs * channels
-    temporary = 2 * tiles * half * wide.inputs * channels
+    moved = 2 * half * ((wide.inputs.width + m) * channels + (wide.outputs.width + m) * outputs + m * twice)
+    moved += 2 * high.inputs.width * wide.inputs.width * channels
+    moved += 2 * high.outputs.width * wide.outputs.width * outputs
+    temporary = 2 * tiles * half * wide.inputs.width * channels
     temporary += 2 * rows * m * tiles * (channels + outputs + twice)
     if way == "fourier_by_kernel":
         down, along = shape.kernel_size
         transforms += half * 2 * along * (2 * m + down) * pairs
-        temporary += 2 * tiles * half * wide.outputs * outputs
+        temporary += 2 * tiles * half * wide.outputs.width * outputs
     if way != "prepared":
         temporary += 2 * rows * m * pairs
     spectrum = 2 * half * m * pairs
@@ -242,8 +248,8 @@ def _far(size: float) -> float:
     return max(0.0, 1 - NEAR / size)
 
 
-def _cuts(shape: Shape, periods: tuple[int, int]):
-    return [cut(shape.sizes[i], shape.kernel_size[i], shape.padding[i], periods[i]) for i in (0, 1)]
+def _cuts(shape: Shape, tiling: Tiling) -> tuple[Cut, Cut]:
+    return cuts(shape.sizes, shape.kernel_size, shape.padding, tiling)
 
 
 def seconds(cost: tuple[float, ...], model: tuple[float, ...]) -> float:
@@ -336,20 +342,22 @@ def tilings(
     found = []
     counts = range(1, 9)
     choices = [(_period(shape, 0, count), _period(shape, 1, count)) for count in counts]
-    for some in [periods] if periods else choices:
+    overlap: Side = "inputs" if shape.channels <= shape.outputs else "outputs"
+    sizes = 0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)
+    for some, images in product([periods] if periods else choices, sizes):
         if max(some) > LONGEST and not periods:
             continue
         half = some[0] // 2 + 1
-        for images in (0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)):
-            tiling = Tiling(some, half, images)
-            rows = half if way == "prepared" else _rows_at_a_time(shape, tiling, way)
-            found.append(tiling._replace(rows=rows))
+        # The narrow side overlaps: it is the shorter one to copy, and to transform.
+        tiling = Tiling(some, half, images, overlap)
+        rows = half if way == "prepared" else _rows_at_a_time(shape, tiling, way)
+        found.append(tiling._replace(rows=rows))
     return found
 
 
 def _rows_at_a_time(shape: Shape, tiling: Tiling, way: Way) -> int:
     """As many rows of frequencies as fit into `SLAB`, or a few less that fill the steps evenly."""
-    high, wide = _cuts(shape, tiling.periods)
+    high, wide = _cuts(shape, tiling)
     tiles = high.count * wide.count * (tiling.images or shape.batch)
     channels, outputs = shape.channels, shape.outputs
     twice = _twice(shape, way)

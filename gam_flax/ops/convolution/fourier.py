@@ -35,9 +35,10 @@ from gam_flax.ops.convolution.tiles import (
     Cut,
     Padding,
     Tiling,
+    cuts,
     into,
     out_of,
-    output_tiles,
+    output_sizes,
     tiles,
     untile,
 )
@@ -91,13 +92,15 @@ def correlate_spectrum(
     """`correlate` with a kernel transformed before; `tiling` has the periods of the spectrum."""
 
     def some(x: Array) -> Array:
-        cells, cuts = tiles(x, kernel_size, padding, tiling.periods)
-        down, along = into(tiling.periods, _inputs(cuts), x.dtype)
-        back, last = out_of(tiling.periods, _outputs(cuts), x.dtype)
-        rows = jnp.einsum("fph,hwtc->fpwtc", down, cells)
+        batch, high, wide, _ = x.shape
+        both = cuts((high, wide), kernel_size, padding, tiling)
+        down, along = into(tiling.periods, _inputs(both), x.dtype)
+        back, last = out_of(tiling.periods, _outputs(both), x.dtype)
+        rows = jnp.einsum("fph,hwtc->fpwtc", down, tiles(x, both, "inputs"))
         y = _rows(rows, spectrum, along, back)
         y = jnp.einsum("fqh,fqwto->hwto", last, y)
-        return untile(y, x.shape, cuts, kernel_size, padding)
+        shape = batch, *output_sizes((high, wide), kernel_size, padding), y.shape[-1]
+        return untile(y, shape, both, "outputs")
 
     return _by_images(some, x, tiling.images)
 
@@ -143,14 +146,14 @@ def _by_images(some, x: Array, images: int) -> Array:
     return y if whole == batch else jnp.concatenate([y, some(x[whole:])])
 
 
-def _inputs(cuts: tuple[Cut, Cut]) -> tuple[range, range]:
+def _inputs(both: tuple[Cut, Cut]) -> tuple[range, range]:
     """The points of a period at which a tile's inputs stand."""
-    high, wide = (range(one.start, one.start + one.inputs) for one in cuts)
+    high, wide = (range(one.start, one.start + one.inputs.width) for one in both)
     return high, wide
 
 
-def _outputs(cuts: tuple[Cut, Cut]) -> tuple[range, range]:
-    return _from_zero([one.outputs for one in cuts])
+def _outputs(both: tuple[Cut, Cut]) -> tuple[range, range]:
+    return _from_zero([one.outputs.width for one in both])
 
 
 def _from_zero(sizes: Sequence[int]) -> tuple[range, range]:
@@ -158,10 +161,11 @@ def _from_zero(sizes: Sequence[int]) -> tuple[range, range]:
 
 
 def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling, groups: int) -> Array:
-    cells, cuts = tiles(x, kernel.shape[:2], padding, tiling.periods)
-    down, along = into(tiling.periods, _inputs(cuts), x.dtype)
+    batch, high, wide, _ = x.shape
+    both = cuts((high, wide), kernel.shape[:2], padding, tiling)
+    down, along = into(tiling.periods, _inputs(both), x.dtype)
     first, second = into(tiling.periods, _from_zero(kernel.shape), x.dtype)
-    back, last = out_of(tiling.periods, _outputs(cuts), x.dtype)
+    back, last = out_of(tiling.periods, _outputs(both), x.dtype)
 
     @partial(jax.checkpoint, prevent_cse=False)
     def step(carry: None, some: tuple[Array, Array]) -> tuple[None, Array]:
@@ -170,19 +174,20 @@ def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling, groups: 
         return carry, _rows(rows, spectrum, along, back)
 
     down, first = _in_steps(down, tiling.rows), _in_steps(first, tiling.rows)
-    rows = jnp.einsum("sfph,hwtc->sfpwtc", down, cells)
+    rows = jnp.einsum("sfph,hwtc->sfpwtc", down, tiles(x, both, "inputs"))
     _, y = _scan(step, None, (rows, first))
     y = y.reshape(-1, *y.shape[2:])[: last.shape[0]]
     y = jnp.einsum("fqh,fqwto->hwto", last, y)
-    return untile(y, x.shape, cuts, kernel.shape[:2], padding)
+    shape = batch, *output_sizes((high, wide), kernel.shape[:2], padding), y.shape[-1]
+    return untile(y, shape, both, "outputs")
 
 
 def _gradient_by_rows(
     x: Array, g: Array, kernel_size: tuple[int, int], padding: Padding, tiling: Tiling, groups: int
 ) -> Array:
-    cells, cuts = tiles(x, kernel_size, padding, tiling.periods)
-    down, along = into(tiling.periods, _inputs(cuts), x.dtype)
-    down_g, along_g = into(tiling.periods, _outputs(cuts), x.dtype)
+    both = cuts(x.shape[1:3], kernel_size, padding, tiling)
+    down, along = into(tiling.periods, _inputs(both), x.dtype)
+    down_g, along_g = into(tiling.periods, _outputs(both), x.dtype)
     back, last = out_of(tiling.periods, _from_zero(kernel_size), x.dtype)
 
     @partial(jax.checkpoint, prevent_cse=False)
@@ -195,8 +200,8 @@ def _gradient_by_rows(
         return taps + jnp.einsum("fqh,fqwco->hwco", matrix, z), None
 
     down, down_g, last = (_in_steps(one, tiling.rows) for one in (down, down_g, last))
-    rows = jnp.einsum("sfph,hwtc->sfpwtc", down, cells)
-    rows_g = jnp.einsum("sfph,hwto->sfpwto", down_g, output_tiles(g, cuts))
+    rows = jnp.einsum("sfph,hwtc->sfpwtc", down, tiles(x, both, "inputs"))
+    rows_g = jnp.einsum("sfph,hwto->sfpwto", down_g, tiles(g, both, "outputs"))
     zero = jnp.zeros((*kernel_size, x.shape[-1] // groups, g.shape[-1]), x.dtype)
     # Under shard_map it varies as what is added to it.
     zero = jax.lax.pcast(zero, tuple(jax.typeof(x).mat.varying), to="varying")

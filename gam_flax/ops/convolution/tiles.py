@@ -1,9 +1,9 @@
-"""Pictures cut into overlapping tiles, put together again, and the matrices of their transforms."""
+"""Pictures cut into tiles, put together again, and the matrices of the tiles' transforms."""
 
 from __future__ import annotations
 
-from functools import lru_cache
-from typing import Any, NamedTuple
+from functools import lru_cache, partial
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,8 @@ from jaxtyping import Array
 Padding = tuple[tuple[int, int], tuple[int, int]]
 """Zeros before and after, along H and along W."""
 
+Side = Literal["inputs", "outputs"]
+
 
 class Tiling(NamedTuple):
     """How a convolution is cut into pieces.
@@ -20,29 +22,64 @@ class Tiling(NamedTuple):
     periods: n along H and along W, in pixels; at least the kernel's size.
     rows: rows of frequencies at a time, of n // 2 + 1.
     images: pictures at a time; 0 for all.
+    overlap: whether neighbouring tiles share inputs (overlap-save), or outputs, which are added
+        (overlap-add). The other side is cut without a copy of anything.
     """
 
     periods: tuple[int, int]
     rows: int = 1
     images: int = 0
+    overlap: Side = "inputs"
+
+
+class Window(NamedTuple):
+    """Of `width` pixels; the first tile's begins at pixel `first`."""
+
+    first: int
+    width: int
 
 
 class Cut(NamedTuple):
-    """Tiles along one axis: `count` of them; input i stands at point `start` + i of the period."""
+    """Tiles along one axis: `count` of them, one every `step` pixels; the inputs stand from point
+    `start` of the period on, the outputs from 0."""
 
     count: int
-    inputs: int
+    step: int
+    inputs: Window
     start: int
-    outputs: int
+    outputs: Window
 
 
-def cut(size: int, kernel_size: int, padding: tuple[int, int], period: int) -> Cut:
+def cut(
+    size: int, kernel_size: int, padding: tuple[int, int], period: int, overlap: Side = "inputs"
+) -> Cut:
     """The tiles of one axis of `size` pixels."""
-    outputs = size + sum(padding) - kernel_size + 1
+    before, shared = padding[0], kernel_size - 1
+    outputs = size + sum(padding) - shared
     if period >= size + max(padding):
-        return Cut(1, size, padding[0], outputs)
-    step = period - kernel_size + 1
-    return Cut(-(-outputs // step), period, 0, step)
+        return Cut(1, size, Window(0, size), before, Window(0, outputs))
+    step = period - shared
+    if overlap == "inputs":
+        return Cut(-(-outputs // step), step, Window(-before, period), 0, Window(0, step))
+    return Cut(-(-size // step), step, Window(0, step), shared, Window(before - shared, period))
+
+
+def cuts(
+    sizes: tuple[int, int], kernel_size: tuple[int, ...], padding: Padding, tiling: Tiling
+) -> tuple[Cut, Cut]:
+    """The tiles of pictures of `sizes`."""
+    high, wide = (
+        cut(sizes[i], kernel_size[i], padding[i], tiling.periods[i], tiling.overlap) for i in (0, 1)
+    )
+    return high, wide
+
+
+def output_sizes(
+    sizes: tuple[int, int], kernel_size: tuple[int, ...], padding: Padding
+) -> tuple[int, int]:
+    """Of a convolution of stride 1."""
+    high, wide = (sizes[i] + sum(padding[i]) - kernel_size[i] + 1 for i in (0, 1))
+    return high, wide
 
 
 def adjoint_padding(kernel_size: tuple[int, ...], padding: Padding) -> Padding:
@@ -52,66 +89,35 @@ def adjoint_padding(kernel_size: tuple[int, ...], padding: Padding) -> Padding:
     return (down - top, down - bottom), (along - left, along - right)
 
 
-def tiles(
-    x: Array, kernel_size: tuple[int, ...], padding: Padding, periods: tuple[int, int]
-) -> tuple[Array, tuple[Cut, Cut]]:
-    """The tiles as (h, w, tile, channel), and how each axis was cut."""
-    high, wide = (
-        cut(x.shape[1 + axis], kernel_size[axis], padding[axis], periods[axis]) for axis in (0, 1)
-    )
-    for axis, one in ((1, high), (3, wide)):
-        x = _windows(x, axis, one, kernel_size[axis // 2], padding[axis // 2][0])
+def tiles(x: Array, cuts: tuple[Cut, Cut], side: Side) -> Array:
+    """The windows of one side of a convolution, its pictures or its outputs, as
+    (h, w, tile, channel); zeros beyond the pictures."""
+    for axis, one in ((1, cuts[0]), (3, cuts[1])):
+        x = _windows(x, axis, one, getattr(one, side))
     x = x.transpose(2, 4, 1, 3, 0, 5)
-    return x.reshape(*x.shape[:2], -1, x.shape[-1]), (high, wide)
+    return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _windows(x: Array, axis: int, one: Cut, kernel_size: int, before: int) -> Array:
-    """Axis `axis` as two: the tile and the point in it; neighbours share `kernel_size` − 1."""
-    if one.inputs == x.shape[axis] and one.count == 1:
-        return jnp.expand_dims(x, axis)
-    shared = kernel_size - 1
-    length = one.count * one.outputs + shared
-    widths = [(0, 0, 0)] * x.ndim
-    widths[axis] = (before, length - before - x.shape[axis], 0)
-    x = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+def untile(y: Array, shape: tuple[Any, ...], cuts: tuple[Cut, Cut], side: Side) -> Array:
+    """Pictures of `shape` from their windows: `tiles` transposed, what overlaps is added."""
+    like = jax.typeof(y).update(shape=shape)
+    return jax.linear_transpose(partial(tiles, cuts=cuts, side=side), like)(y)[0]
+
+
+def _windows(x: Array, axis: int, one: Cut, window: Window) -> Array:
+    """Axis `axis` as two: the tile and the point in it."""
+    step = one.step if one.count > 1 else window.width
     pieces = []
-    for start in range(0, one.inputs, one.outputs):
+    for start in range(0, window.width, step):
         # The next tiles' beginnings are this one's end.
-        width = min(one.outputs, one.inputs - start)
-        stop = start + (one.count - 1) * one.outputs + width
-        piece = jax.lax.slice_in_dim(x, start, stop, axis=axis)
-        fill = [(0, 0, 0)] * x.ndim
-        fill[axis] = (0, one.outputs - width, 0)
-        piece = jax.lax.pad(piece, jnp.zeros((), x.dtype), fill)
-        shape = (*x.shape[:axis], one.count, one.outputs, *x.shape[axis + 1 :])
-        pieces.append(jax.lax.slice_in_dim(piece.reshape(shape), 0, width, axis=axis + 1))
+        first = window.first + start
+        widths = [(0, 0, 0)] * x.ndim
+        widths[axis] = (-first, first + one.count * step - x.shape[axis], 0)
+        piece = jax.lax.pad(x, jnp.zeros((), x.dtype), widths)
+        piece = piece.reshape(*x.shape[:axis], one.count, step, *x.shape[axis + 1 :])
+        width = min(step, window.width - start)
+        pieces.append(jax.lax.slice_in_dim(piece, 0, width, axis=axis + 1))
     return jnp.concatenate(pieces, axis + 1)
-
-
-def output_tiles(g: Array, cuts: tuple[Cut, Cut]) -> Array:
-    """Outputs, or their gradients, as (h, w, tile, channel); what `untile` undoes."""
-    high, wide = cuts
-    missing = [one.count * one.outputs - size for one, size in zip(cuts, g.shape[1:3], strict=True)]
-    g = jnp.pad(g, ((0, 0), (0, missing[0]), (0, missing[1]), (0, 0)))
-    g = g.reshape(g.shape[0], high.count, high.outputs, wide.count, wide.outputs, -1)
-    g = g.transpose(2, 4, 1, 3, 0, 5)
-    return g.reshape(*g.shape[:2], -1, g.shape[-1])
-
-
-def untile(
-    y: Array,
-    shape: tuple[Any, ...],
-    cuts: tuple[Cut, Cut],
-    kernel_size: tuple[int, ...],
-    padding: Padding,
-) -> Array:
-    """The outputs (B, h, w, O) of pictures of `shape`, from those of tiles, (h, w, tile, O)."""
-    high, wide = cuts
-    y = y.reshape(high.outputs, wide.outputs, high.count, wide.count, shape[0], -1)
-    y = y.transpose(4, 2, 0, 3, 1, 5)
-    y = y.reshape(shape[0], high.count * high.outputs, wide.count * wide.outputs, -1)
-    sizes = [shape[1 + i] + sum(padding[i]) - kernel_size[i] + 1 for i in (0, 1)]
-    return y[:, : sizes[0], : sizes[1]]
 
 
 def into(
