@@ -215,7 +215,11 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
     back = half * 2 * (high.outputs.width * wide.outputs.width + m * 2 * wide.outputs.width)
     transforms = tiles * (into * channels + back * outputs)
     twice = _twice(shape, way)
-    moved = 2 * half * ((wide.inputs.width + m) * channels + (wide.outputs.width + m) * outputs + m * twice)
+    moved = (
+        2
+        * half
+        * ((wide.inputs.width + m) * channels + (wide.outputs.width + m) * outputs + m * twice)
+    )
     moved += 2 * high.inputs.width * wide.inputs.width * channels
     moved += 2 * high.outputs.width * wide.outputs.width * outputs
     temporary = 2 * tiles * half * wide.inputs.width * channels

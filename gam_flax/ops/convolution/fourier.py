@@ -54,7 +54,6 @@ def correlate(
     """What torch and `lax.conv_general_dilated` call a convolution, stride 1, in `x`'s type."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
 
-    @partial(jax.checkpoint, prevent_cse=False)
     def some(x: Array) -> Array:
         return _by_rows(x, kernel, padding, tiling, groups)
 
@@ -78,8 +77,12 @@ def kernel_spectrum(
     It holds n_H · n_W / k² times the kernel's numbers, or a little more.
     """
     first, along = into(periods, _from_zero(kernel.shape), kernel.dtype)
+
     # Row by row: all at once would take twice the spectrum's memory while it is made.
-    return jax.lax.map(lambda row: _spectrum_of_kernel(kernel, row[None], along, groups)[0], first)
+    def row_of(row: Array) -> Array:
+        return jnp.concatenate(_spectrum_of_kernel(kernel, row[None], along, groups), -1)[0]
+
+    return jax.lax.map(row_of, first)
 
 
 def correlate_spectrum(
@@ -97,7 +100,7 @@ def correlate_spectrum(
         down, along = into(tiling.periods, _inputs(both), x.dtype)
         back, last = out_of(tiling.periods, _outputs(both), x.dtype)
         rows = jnp.einsum("fph,hwtc->fpwtc", down, tiles(x, both, "inputs"))
-        y = _rows(rows, spectrum, along, back)
+        y = _rows(rows, (spectrum,), along, back)
         y = jnp.einsum("fqh,fqwto->hwto", last, y)
         shape = batch, *output_sizes((high, wide), kernel_size, padding), y.shape[-1]
         return untile(y, shape, both, "outputs")
@@ -167,7 +170,6 @@ def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling, groups: 
     first, second = into(tiling.periods, _from_zero(kernel.shape), x.dtype)
     back, last = out_of(tiling.periods, _outputs(both), x.dtype)
 
-    @partial(jax.checkpoint, prevent_cse=False)
     def step(carry: None, some: tuple[Array, Array]) -> tuple[None, Array]:
         rows, matrix = some
         spectrum = _spectrum_of_kernel(kernel, matrix, second, groups)
@@ -190,7 +192,6 @@ def _gradient_by_rows(
     down_g, along_g = into(tiling.periods, _outputs(both), x.dtype)
     back, last = out_of(tiling.periods, _from_zero(kernel_size), x.dtype)
 
-    @partial(jax.checkpoint, prevent_cse=False)
     def step(taps: Array, some: tuple[Array, Array, Array]) -> tuple[Array, None]:
         rows, rows_g, matrix = some
         a = jnp.einsum("fgqpw,fpwtc->fgqtc", _a_row(along, rows), rows)
@@ -224,13 +225,17 @@ def _in_steps(matrix: np.ndarray, rows: int) -> np.ndarray:
     return padded.reshape(steps, rows, *matrix.shape[1:])
 
 
-def _rows(rows: Array, spectrum: Array, along: np.ndarray, back: np.ndarray) -> Array:
+Spectrum = tuple[Float[Array, "f g n c o"], ...]
+"""Of a kernel, as a product takes it: of `spectrum_shape`, or its real and its imaginary part."""
+
+
+def _rows(rows: Array, spectrum: Spectrum, along: np.ndarray, back: np.ndarray) -> Array:
     """Some rows of frequencies: transformed along W, multiplied, transformed back along W."""
     x = jnp.einsum("fgqpw,fpwtc->fgqtc", _a_row(along, rows), rows)
-    (high, wide), tiles, groups = x.shape[:2], x.shape[3], spectrum.shape[1]
+    (high, wide), tiles, groups = x.shape[:2], x.shape[3], spectrum[0].shape[1]
     x = x.reshape(high, wide, 2, tiles, groups, -1)
-    doubled = spectrum.shape[3] > x.shape[-1]
-    y = _inputs_twice(x, spectrum) if doubled else _outputs_twice(x, spectrum)
+    doubled = spectrum[0].shape[3] > x.shape[-1]
+    y = _inputs_twice(x, *spectrum) if doubled else _outputs_twice(x, spectrum)
     y = y.transpose(0, 2, 3, 4, 1, 5).reshape(high, wide, 2, tiles, -1)
     return jnp.einsum("fqwgp,fgpto->fqwto", _a_row(back, rows), y)
 
@@ -242,17 +247,17 @@ def _inputs_twice(x: Array, spectrum: Array) -> Array:
     return y.reshape(high, groups, wide, 2, tiles, -1)
 
 
-def _outputs_twice(x: Array, spectrum: Array) -> Array:
+def _outputs_twice(x: Array, spectrum: Spectrum) -> Array:
+    """Real and imaginary part of `x`, as rows of one product, by those of the spectrum."""
     high, wide, _, tiles, groups, channels = x.shape
-    # Real and imaginary parts are more rows: one product a frequency and group, not four.
     x = x.reshape(high, wide, 2 * tiles, groups, channels)
-    z = jnp.einsum("fgtnc,fngco->fngto", x, spectrum)
-    z = jax.lax.optimization_barrier(z)
-    z = z.reshape(high, groups, wide, 2, tiles, 2, -1)
+    found = [jnp.einsum("fgtnc,fngco->fngto", x, part) for part in spectrum]
+    found = jax.lax.optimization_barrier(found)
+    found = [z.reshape(high, groups, wide, 2, tiles, -1) for z in found]
+    by_real, by_imaginary = found if len(found) == 2 else jnp.split(found[0], 2, -1)
     # Split, not sliced: going backward each part would be padded to all of z, and these added.
-    upper, lower = jax.lax.split(z, (1, 1), 3)
-    (a, b), (c, d) = (jax.lax.split(part, (1, 1), 5) for part in (upper, lower))
-    return jnp.concatenate([a - d, b + c], 3)[..., 0, :]
+    (a, c), (b, d) = (jax.lax.split(part, (1, 1), 3) for part in (by_real, by_imaginary))
+    return jnp.concatenate([a - d, b + c], 3)
 
 
 def _products(x: Array, g: Array, groups: int) -> Array:
@@ -260,7 +265,10 @@ def _products(x: Array, g: Array, groups: int) -> Array:
     high, wide, _, tiles, _ = x.shape
     x = x.reshape(high, wide, 2, tiles, groups, -1)
     g = g.reshape(high, wide, 2 * tiles, groups, -1)
-    z = jnp.einsum("fgtnc,fgtno->fgcno", _beside_turned(x, -1), g)
+    # Einsum would have the factors in the other order, and XLA transpose the result.
+    contracted, alike = ((2,), (2,)), ((0, 1, 3), (0, 1, 3))
+    z = jax.lax.dot_general(_beside_turned(x, -1), g, (contracted, alike))
+    z = z.reshape(high, wide, groups, 2, x.shape[-1], -1).transpose(0, 1, 3, 4, 2, 5)
     return z.reshape(high, wide, 2, x.shape[-1], -1)
 
 
@@ -281,14 +289,18 @@ def _a_row(matrix: np.ndarray, rows: Array) -> Array:
 
 def _spectrum_of_kernel(
     kernel: Array, first: Array | np.ndarray, second: np.ndarray, groups: int
-) -> Array:
-    """The conjugate spectrum of the rows that `first` makes, as `spectrum_shape` has it."""
+) -> Spectrum:
+    """The conjugate spectrum of the rows that `first` makes."""
     conjugate = second * np.array([1, -1], second.dtype)[:, None, None]
     rows = jnp.einsum("fph,hwio->fpwio", first, kernel)
-    both = jnp.einsum("fgqpw,fpwio->fgqio", _a_row(conjugate, rows), rows)
-    both = both.reshape(*both.shape[:4], groups, -1)
-    if both.shape[3] <= both.shape[5]:
-        both = both.transpose(0, 4, 1, 2, 3, 5)
-        return both.reshape(*both.shape[:3], -1, both.shape[5])
-    both = both.transpose(0, 4, 1, 3, 2, 5)
-    return both.reshape(*both.shape[:4], -1)
+    if kernel.shape[2] <= kernel.shape[3] // groups:
+        return (_along(rows, conjugate, groups),)
+    # Side by side as the columns of one product they would have to be transposed.
+    return _along(rows, conjugate[:, :1], groups), _along(rows, conjugate[:, 1:], groups)
+
+
+def _along(rows: Array, matrix: np.ndarray, groups: int) -> Float[Array, "f n g c o"]:
+    """A kernel's rows transformed along W; the parts that `matrix` makes, one after the other."""
+    parts = jnp.einsum("fgqpw,fpwio->fgqio", _a_row(matrix, rows), rows)
+    parts = parts.reshape(*parts.shape[:4], groups, -1).transpose(0, 4, 1, 2, 3, 5)
+    return parts.reshape(*parts.shape[:3], -1, parts.shape[-1])
