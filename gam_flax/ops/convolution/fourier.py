@@ -23,7 +23,6 @@ machine spends more on writing it to memory than on the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import jax
