@@ -72,9 +72,17 @@ def pointwise_gradient(
     """The gradient of `pointwise` by its kernel, where `g` is that by its outputs.
 
     XLA on a CPU writes it as a convolution by a kernel as large as the picture, which was measured
-    to take up to 80 times as long as this product; JAX's transpose, `g` times `x`, up to twice.
+    to take up to 80 times as long as this product. Of a product's factors the first is transposed,
+    and what made it (a norm, a relu) made anew in that order, element by element: so the narrow one
+    is the first. It was measured to take a quarter to a half of the time.
     """
-    return jnp.einsum("bhwc,bhwo->co", x[:, :: strides[0], :: strides[1]], g)[None, None]
+    x, pixels = x[:, :: strides[0], :: strides[1]], (0, 1, 2)
+    contracted = (pixels, pixels), ((), ())
+    if x.shape[-1] < g.shape[-1]:
+        return jax.lax.dot_general(x, g, contracted)[None, None]
+    # Without the barrier XLA would exchange the factors again.
+    turned = jax.lax.optimization_barrier(jax.lax.dot_general(g, x, contracted))
+    return turned.T[None, None]
 
 
 def of_kernel(
