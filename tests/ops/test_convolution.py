@@ -53,18 +53,33 @@ def problems(draw):
     )
     periods = tuple(draw(st.integers(k, k + 30)) for k in kernel_size)
     rows, images = draw(st.integers(1, periods[0] // 2 + 1)), draw(st.integers(0, 3))
-    tiling = Tiling(periods, rows, images, draw(st.sampled_from(["inputs", "outputs"])))
+    overlap, parts = draw(st.sampled_from(["inputs", "outputs"])), draw(st.sampled_from([1, 2]))
+    tiling = Tiling(periods, rows, images, overlap, parts)
     return kernel_size, sizes, padding, tiling
 
 
-@settings(max_examples=8, deadline=None)
-@given(problem=problems(), seed=st.integers(0, 99), groups=st.sampled_from([1, 3]))
-def test_fourier_tiles_are_the_convolution(problem, seed, groups):
+@settings(max_examples=12, deadline=None)
+@given(
+    problem=problems(),
+    seed=st.integers(0, 99),
+    features=st.sampled_from([(2, 6, 1), (6, 2, 1), (6, 6, 3)]),
+)
+def test_fourier_tiles_are_the_convolution(problem, seed, features):
     kernel_size, sizes, padding, tiling = problem
-    x, kernel = draw_arrays(seed, 3, sizes, kernel_size, 2, 6)
-    x = jnp.concatenate([x + i for i in range(groups)], -1)
-    expected = direct.plain(x, kernel, (1, 1), padding, groups)
+    channels, outputs, groups = features
+    x, _ = draw_arrays(seed, 3, sizes, (1, 1), channels, 1)
+    _, kernel = draw_arrays(seed, 1, sizes, kernel_size, channels // groups, outputs)
+    plain = partial(direct.plain, strides=(1, 1), padding=padding, groups=groups)
+    expected, back = jax.vjp(plain, x, kernel)
+    g = jnp.cos(expected)
+    if groups > 1:
+        tiling = tiling._replace(parts=1)
     assert off(fourier.correlate(x, kernel, padding, tiling, groups), expected) < EXACT
+    by_kernel = fourier.kernel_gradient(x, g, kernel_size, padding, tiling, groups)
+    assert off(by_kernel, back(g)[1]) < EXACT
+    around = tiles.adjoint_padding(kernel_size, padding)
+    by_pictures = fourier.correlate_flipped(g, kernel, around, tiling, groups)
+    assert off(by_pictures, back(g)[0]) < EXACT
     spectrum = fourier.kernel_spectrum(kernel, tiling.periods, groups)
     found = fourier.correlate_spectrum(x, spectrum, kernel_size, padding, tiling)
     assert off(found, expected) < EXACT
@@ -256,10 +271,14 @@ class TestTheChoice:
     def test_one_picture_does_not_pay_for_the_kernels_transform(self):
         assert choose.cheapest_tiling(self.LARGE._replace(batch=1)) is None
 
-    def test_every_tiling_worth_trying_is_right(self):
-        shape = Shape(2, (6, 7), 2, 2, (5, 3), padding=((2, 2), (1, 1)), bytes=8)
-        x, kernel = draw_arrays(6, 2, shape.sizes, shape.kernel_size, 2, 2)
+    @pytest.mark.parametrize("channels, large", [(2, 1e9), (6, 1e9), (2, 0), (6, 0)])
+    def test_every_tiling_worth_trying_is_right(self, channels, large, monkeypatch):
+        shape = Shape(2, (6, 7), channels, 4, (5, 3), padding=((2, 2), (1, 1)), bytes=8)
+        x, kernel = draw_arrays(6, 2, shape.sizes, shape.kernel_size, channels, 4)
         expected = direct.plain(x, kernel, (1, 1), shape.padding)
+        monkeypatch.setattr(choose, "SLAB", 1000)  # a few rows, or parts, at a time
+        monkeypatch.setattr(choose, "LARGE", large)
+        assert any((tiling.parts > 1) == (large == 0) for tiling in choose.tilings(shape))
         for tiling in choose.tilings(shape):
             assert off(fourier.correlate(x, kernel, shape.padding, tiling), expected) < EXACT
 

@@ -32,6 +32,11 @@ NEAR = 16e6
 """Bytes of what a step makes for the next. More of it leaves the caches, and what glibc keeps for
 a process: memory from the kernel was measured to cost 0.3 s a GB."""
 
+LARGE = 8e6
+"""Numbers of a kernel that is taken in parts. A step for some rows of frequencies reads all of the
+kernel, or adds to all of its gradient: of 2048 × 128 channels, 7 × 7, and 8 pictures of 7 × 7 the
+gradients take 88 and 67 ms so, and 50 and 43 in parts. With smaller kernels it was slower."""
+
 LONGEST = 64
 """Points of the longest period. The transforms, products with n × n matrices, grow with n."""
 
@@ -101,6 +106,11 @@ class Shape(NamedTuple):
     def output_sizes(self) -> tuple[int, int]:
         """Of stride 1."""
         return output_sizes(self.sizes, self.kernel_size, self.padding)
+
+    @property
+    def pairs(self) -> int:
+        """Of channels and outputs that see each other."""
+        return self.channels * self.outputs // self.groups
 
     @property
     def pixels(self) -> int:
@@ -201,7 +211,7 @@ EPYCs before overlap-add and before products kept their order, so they promise r
 
 def plain_features(shape: Shape) -> PlainCost:
     taps = math.prod(shape.kernel_size)
-    pairs = shape.channels * shape.outputs // shape.groups
+    pairs = shape.pairs
     return PlainCost(
         shape.pixels * taps * pairs,
         shape.pixels * taps * shape.channels,
@@ -219,7 +229,7 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
     chunks = -(-shape.batch // images)
     tiles, half = math.prod(one.count for one in both) * images, n // 2 + 1
     channels, outputs = shape.channels, shape.outputs
-    pairs = channels * outputs // shape.groups
+    pairs = shape.pairs
     steps = 1 if way == "prepared" else -(-half // tiling.rows)
     rows = half / steps
     into = half * 2 * (high * wide + m * 2 * wide)
@@ -234,7 +244,7 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
         down, along = shape.kernel_size
         transforms += half * 2 * along * (2 * m + down) * pairs
     if way != "prepared":
-        temporary += 2 * rows * m * pairs
+        temporary += 2 * rows * m * pairs / tiling.parts
     spectrum = 2 * half * m * pairs
     return Cost(
         chunks * transforms,
@@ -333,7 +343,7 @@ def preparations(shape: Shape) -> list[Preparation]:
         tiling = best_tiling(shape, "prepared", periods=periods)
         assert tiling is not None
         part = share(shape, tiling, "prepared")
-        pairs = shape.channels * shape.outputs // shape.groups
+        pairs = shape.pairs
         numbers = 2 * (periods[0] // 2 + 1) * periods[1] * pairs
         if part < MARGINS["prepared"]:
             found.append(Preparation(periods, part * plain, numbers * shape.bytes))
@@ -359,9 +369,21 @@ def tilings(
         half = some[0] // 2 + 1
         # The narrow side overlaps: it is the shorter one to copy, and to transform.
         tiling = Tiling(some, half, images, overlap)
-        rows = half if way == "prepared" else _rows_at_a_time(shape, tiling, way)
-        found.append(tiling._replace(rows=rows))
+        found.append(tiling if way == "prepared" else _in_steps(shape, tiling, way))
     return found
+
+
+def _in_steps(shape: Shape, tiling: Tiling, way: Way) -> Tiling:
+    if shape.groups == 1 and math.prod(shape.kernel_size) * shape.pairs > LARGE:
+        return tiling._replace(parts=_parts(shape, tiling))
+    return tiling._replace(rows=_rows_at_a_time(shape, tiling, way))
+
+
+def _parts(shape: Shape, tiling: Tiling) -> int:
+    """So many that the spectrum of one fits into `SLAB`."""
+    wide = max(shape.channels, shape.outputs)
+    size = 2 * tiling.rows * tiling.periods[1] * shape.pairs * shape.bytes
+    return min(n for n in range(1, wide + 1) if wide % n == 0 and (size <= n * SLAB or n == wide))
 
 
 def _rows_at_a_time(shape: Shape, tiling: Tiling, way: Way) -> int:
@@ -370,7 +392,7 @@ def _rows_at_a_time(shape: Shape, tiling: Tiling, way: Way) -> int:
     tiles = high.count * wide.count * (tiling.images or shape.batch)
     channels, outputs = shape.channels, shape.outputs
     twice = _twice(shape, way)
-    pairs = channels * outputs // shape.groups
+    pairs = shape.pairs
     row = tiling.periods[1] * 2 * (pairs + tiles * (channels + outputs + twice))
     rows = min(tiling.rows, max(1, int(SLAB // (row * shape.bytes))))
     return -(-tiling.rows // -(-tiling.rows // rows))

@@ -23,6 +23,7 @@ machine spends more on writing it to memory than on the arithmetic.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -51,12 +52,72 @@ def correlate(
     groups: int = 1,
 ) -> Float[Array, "B h w O"]:
     """What torch and `lax.conv_general_dilated` call a convolution, stride 1, in `x`'s type."""
+    return _correlate(x, kernel, padding, tiling, groups, lambda kernel: kernel, (2, 3))
+
+
+def correlate_flipped(
+    g: Float[Array, "B h w O"],
+    kernel: Float[Array, "k l D O"],
+    padding: Padding,
+    tiling: Tiling,
+    groups: int = 1,
+) -> Float[Array, "B H W C"]:
+    """`correlate` with the `flipped` kernel."""
+    return _correlate(g, kernel, padding, tiling, groups, partial(flipped, groups=groups), (3, 2))
+
+
+def flipped(kernel: Float[Array, "k l D O"], groups: int) -> Float[Array, "k l P C"]:
+    """The kernel of the gradient by the pictures: taps in reverse, each group's channels and
+    outputs exchanged."""
+    kernel = jnp.flip(kernel, (0, 1))
+    high, wide, channels, _ = kernel.shape
+    kernel = kernel.reshape(high, wide, channels, groups, -1).transpose(0, 1, 4, 3, 2)
+    return kernel.reshape(high, wide, -1, groups * channels)
+
+
+def _correlate(
+    x: Array,
+    kernel: Array,
+    padding: Padding,
+    tiling: Tiling,
+    groups: int,
+    turn: Callable[[Array], Array],
+    axes: tuple[int, int],
+) -> Array:
+    """axes: those of `kernel` that are channels and outputs when `turn` has turned it."""
     x, kernel = jnp.asarray(x), jnp.asarray(kernel)
 
-    def some(x: Array) -> Array:
-        return _by_rows(x, kernel, padding, tiling, groups)
+    def some(x: Array, kernel: Array) -> Array:
+        kernel = turn(kernel)
+        return _by_images(lambda x: _by_rows(x, kernel, padding, tiling, groups), x, tiling.images)
 
-    return _by_images(some, x, tiling.images)
+    if tiling.parts == 1:
+        return some(x, kernel)
+    channels, outputs = (kernel.shape[axis] for axis in axes)
+    sizes = output_sizes((x.shape[1], x.shape[2]), kernel.shape[:2], padding)
+    wide = max(channels, outputs) // tiling.parts
+
+    def step(i: Array, y: Array) -> Array:
+        if channels > outputs:
+            return y + some(_part(x, i, wide, 3), _part(kernel, i, wide, axes[0]))
+        return _with_part(y, some(x, _part(kernel, i, wide, axes[1])), i, 3)
+
+    return jax.lax.fori_loop(0, tiling.parts, step, _zeros(x, (x.shape[0], *sizes, outputs)))
+
+
+def _part(array: Array, index: Array, size: int, axis: int) -> Array:
+    return jax.lax.dynamic_slice_in_dim(array, index * size, size, axis)
+
+
+def _with_part(array: Array, part: Array, index: Array, axis: int) -> Array:
+    start = index * part.shape[axis]
+    return jax.lax.dynamic_update_slice_in_dim(array, part, start, axis)
+
+
+def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
+    """What is of `like`'s type, and under shard_map varies as it does."""
+    zeros = jnp.zeros(shape, like.dtype)
+    return jax.lax.pcast(zeros, tuple(jax.typeof(like).mat.varying), to="varying")
 
 
 def spectrum_shape(
@@ -120,6 +181,26 @@ def kernel_gradient(
     It is the correlation of `x` with `g`, of which only the kernel's taps are transformed back.
     """
 
+    channels, outputs = x.shape[-1], g.shape[-1]
+    wide = max(channels, outputs) // tiling.parts
+
+    def step(i: Array, taps: Array) -> Array:
+        if channels > outputs:
+            return _with_part(taps, some(_part(x, i, wide, 3), g), i, 2)
+        return _with_part(taps, some(x, _part(g, i, wide, 3)), i, 3)
+
+    def some(x: Array, g: Array) -> Array:
+        return _gradient_by_images(x, g, kernel_size, padding, tiling, groups)
+
+    if tiling.parts == 1:
+        return some(x, g)
+    shape = (*kernel_size, channels // groups, outputs)
+    return jax.lax.fori_loop(0, tiling.parts, step, _zeros(x, shape))
+
+
+def _gradient_by_images(
+    x: Array, g: Array, kernel_size: tuple[int, int], padding: Padding, tiling: Tiling, groups: int
+) -> Array:
     def some(x: Array, g: Array) -> Array:
         return _gradient_by_rows(x, g, kernel_size, padding, tiling, groups)
 
@@ -186,7 +267,7 @@ def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling, groups: 
 def _gradient_by_rows(
     x: Array, g: Array, kernel_size: tuple[int, int], padding: Padding, tiling: Tiling, groups: int
 ) -> Array:
-    both = cuts(x.shape[1:3], kernel_size, padding, tiling)
+    both = cuts((x.shape[1], x.shape[2]), kernel_size, padding, tiling)
     down, along = into(tiling.periods, _inputs(both), x.dtype)
     down_g, along_g = into(tiling.periods, _outputs(both), x.dtype)
     back, last = out_of(tiling.periods, _from_zero(kernel_size), x.dtype)
@@ -202,9 +283,7 @@ def _gradient_by_rows(
     down, down_g, last = (_in_steps(one, tiling.rows) for one in (down, down_g, last))
     rows = jnp.einsum("sfph,hwtc->sfpwtc", down, tiles(x, both, "inputs"))
     rows_g = jnp.einsum("sfph,hwto->sfpwto", down_g, tiles(g, both, "outputs"))
-    zero = jnp.zeros((*kernel_size, x.shape[-1] // groups, g.shape[-1]), x.dtype)
-    # Under shard_map it varies as what is added to it.
-    zero = jax.lax.pcast(zero, tuple(jax.typeof(x).mat.varying), to="varying")
+    zero = _zeros(x, (*kernel_size, x.shape[-1] // groups, g.shape[-1]))
     return _scan(step, zero, (rows, rows_g, last))[0]
 
 

@@ -18,7 +18,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Primitive
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Float
@@ -72,11 +71,10 @@ def _result(x: Array, kernel: Array, plan: Plan) -> Array:
 def _by_pictures(g: Array, kernel: Array, plan: Plan) -> Array:
     padding = adjoint_padding(plan.kernel_size, plan.padding)
     if plan.by_pictures:
-        turned = flipped(kernel, plan.groups)
-        return fourier.correlate(g, turned, padding, plan.by_pictures, plan.groups)
+        return fourier.correlate_flipped(g, kernel, padding, plan.by_pictures, plan.groups)
     if plan.strides == (1, 1) and direct.is_larger(plan.kernel_size, plan.sizes):
         bare = plan._replace(padding=padding, result=None)
-        return _without_tiles(g, flipped(kernel, plan.groups), bare)
+        return _without_tiles(g, fourier.flipped(kernel, plan.groups), bare)
     like = _like(g, (g.shape[0], *plan.sizes, kernel.shape[2] * plan.groups))
     return jax.linear_transpose(lambda x: _without_tiles(x, kernel, plan), like)(g)[0]
 
@@ -96,15 +94,6 @@ def _by_kernel(x: Array, g: Array, plan: Plan) -> Array:
 def _like(g: Array, shape: tuple[Any, ...]) -> Any:
     """An array of `shape`, of `g`'s type otherwise: what shard_map knows of it, too."""
     return jax.typeof(g).update(shape=shape)
-
-
-def flipped(kernel: Float[Array, "k l D O"], groups: int) -> Float[Array, "k l P C"]:
-    """The kernel of the gradient by the pictures: taps in reverse, each group's channels and
-    outputs exchanged."""
-    kernel = jnp.flip(kernel, (0, 1))
-    high, wide, channels, _ = kernel.shape
-    kernel = kernel.reshape(high, wide, channels, groups, -1).transpose(0, 1, 4, 3, 2)
-    return kernel.reshape(high, wide, -1, groups * channels)
 
 
 def _primitive(name: str, function: Callable[..., Array]) -> Primitive:

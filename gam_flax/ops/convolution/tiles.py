@@ -30,6 +30,7 @@ class Tiling(NamedTuple):
     rows: int = 1
     images: int = 0
     overlap: Side = "inputs"
+    parts: int = 1
 
 
 class Window(NamedTuple):
