@@ -1,8 +1,9 @@
-"""Convolution in the Fourier domain, tile by tile (overlap-save), every step a matrix product.
+"""Convolution in the Fourier domain, tile by tile, every step a matrix product.
 
-A tile of n × n pixels gives (n − k + 1)² outputs of a k × k kernel. Along H the discrete Fourier
-transform is real, along W complex; both are products with small constant matrices, and between
-them stands one real matrix product per frequency,
+A tile of n × n points gives (n − k + 1)² outputs of a k × k kernel: neighbours share k − 1 rows and
+columns, of inputs (overlap-save) or of outputs, which are added (overlap-add). Along H the discrete
+Fourier transform is real, along W complex; both are products with small constant matrices, and
+between them stands one real matrix product per frequency,
 
     (2 · tiles, C_in) × (C_in, 2 · C_out)   or   (2 · tiles, 2 · C_in) × (2 · C_in, C_out),
 
@@ -14,10 +15,9 @@ k² · (n − k + 1)²: 11 times fewer for k = 7, n = 20. A picture that fits in
 serve beyond the other.
 
 The gradient by the pictures is such a convolution again, by the flipped kernel; that by the kernel
-is one by pictures, of few outputs, and has a function of its own. Everything is linear in each
-argument and made of products, so that derivatives of any order exist. What is large (the kernel's
-spectrum, above all) is made a few rows of frequencies at a time and made again going backward: a
-machine spends more on writing it to memory than on the arithmetic.
+is one by pictures, of few outputs, and has a function of its own. What is large (the kernel's
+spectrum, above all) is made a few rows of frequencies at a time: a machine spends more on writing
+it to memory than on the arithmetic.
 """
 
 from __future__ import annotations
