@@ -142,6 +142,18 @@ def _when(record: Mapping[str, Any]) -> str:
     )
 
 
+def _machines(records: Mapping[str, Any]) -> list[str]:
+    """Each machine once, and which works were measured on it, where there are several."""
+    works: dict[str, list[str]] = {}
+    for work, record in records.items():
+        on = record["machine"]
+        line = f"{record['date']}, {on['processor']}, {on['cores_in_use']} cores"
+        works.setdefault(line, []).append(work)
+    return [
+        line if len(works) == 1 else f"{line}: {', '.join(some)}" for line, some in works.items()
+    ]
+
+
 def measure(args: argparse.Namespace, suite: Suite, console: Console) -> dict[str, Any]:
     """The records of the works that `args` names; what else is to be kept is not touched."""
     threads = processes.use_cores(args.threads)
@@ -237,9 +249,7 @@ def run(suite: Suite, name: str) -> int:
     text = markdown(kept, suite)
     picture = args.out.with_name(args.out.name + ".png")
     written = (*processes.write(args.out, kept, text), picture)
-    on = next(iter(kept["records"].values()))
-    said = f"{on['date']}, {on['machine']['processor']}, {on['machine']['cores_in_use']} cores"
-    draw(by_work(kept), picture, said=f"{suite.title}\n{said}")
+    draw(by_work(kept), picture, said="\n".join([suite.title, *_machines(kept["records"])]))
     print(text)
     for path in written:
         console.print(f"Written     {path}", soft_wrap=True)
