@@ -253,7 +253,7 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
         transforms += half * 2 * along * (2 * m + down) * pairs
     if way != "prepared":
         temporary += 2 * rows * m * pairs / tiling.parts
-    spectrum = 2 * half * m * pairs
+    spectrum = _spectrum(shape, tiling.periods)
     return Cost(
         chunks * transforms,
         chunks * tiles * 2 * spectrum,
@@ -264,6 +264,11 @@ def fourier_features(shape: Shape, tiling: Tiling, way: Way) -> Cost:
         chunks * spectrum * _far(spectrum * shape.bytes) if way == "prepared" else 0.0,
         chunks * tiles * pixels * uneven,
     )
+
+
+def _spectrum(shape: Shape, periods: tuple[int, int]) -> int:
+    """Numbers of the kernel's spectrum, each counted once."""
+    return 2 * (periods[0] // 2 + 1) * periods[1] * shape.pairs
 
 
 def _twice(shape: Shape, way: Way) -> int:
@@ -354,10 +359,9 @@ def preparations(shape: Shape) -> list[Preparation]:
         tiling = best_tiling(shape, "prepared", periods=periods)
         assert tiling is not None
         part = share(shape, tiling, "prepared")
-        pairs = shape.pairs
-        numbers = 2 * (periods[0] // 2 + 1) * periods[1] * pairs
         if part < MARGINS["prepared"]:
-            found.append(Preparation(periods, part * plain, numbers * shape.bytes))
+            size = _spectrum(shape, periods) * shape.bytes
+            found.append(Preparation(periods, part * plain, size))
     # The models are of measurements apart, but no spectrum is made sooner than it is read.
     tiling = cheapest_tiling(shape)
     made = share(shape, tiling, "fourier") * plain if tiling else plain
@@ -372,13 +376,13 @@ def tilings(
     found = []
     counts = range(1, 9)
     choices = [(_period(shape, 0, count), _period(shape, 1, count)) for count in counts]
+    # The narrow side overlaps: it is the shorter one to copy, and to transform.
     overlap: Side = "inputs" if shape.channels <= shape.outputs else "outputs"
     sizes = 0, *(size for size in (1, 2, 4, 8, 16) if size < shape.batch)
     for some, images in product([periods] if periods else choices, sizes):
         if max(some) > LONGEST and not periods:
             continue
         half = some[0] // 2 + 1
-        # The narrow side overlaps: it is the shorter one to copy, and to transform.
         tiling = Tiling(some, half, images, overlap)
         found.append(tiling if way == "prepared" else _in_steps(shape, tiling, way))
     return found
@@ -393,7 +397,7 @@ def _in_steps(shape: Shape, tiling: Tiling, way: Way) -> Tiling:
 def _parts(shape: Shape, tiling: Tiling) -> int:
     """So many that the spectrum of one fits into `SLAB`."""
     wide = max(shape.channels, shape.outputs)
-    size = 2 * tiling.rows * tiling.periods[1] * shape.pairs * shape.bytes
+    size = _spectrum(shape, tiling.periods) * shape.bytes
     return min(n for n in range(1, wide + 1) if wide % n == 0 and (size <= n * SLAB or n == wide))
 
 

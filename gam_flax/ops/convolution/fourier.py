@@ -163,7 +163,7 @@ def correlate_spectrum(
         y = _rows(rows, (spectrum,), along, back)
         y = jnp.einsum("fqh,fqwto->hwto", last, y)
         shape = batch, *output_sizes((high, wide), kernel_size, padding), y.shape[-1]
-        return untile(y, shape, both, "outputs")
+        return untile(y, shape, both)
 
     return _by_images(some, x, tiling.images)
 
@@ -181,6 +181,11 @@ def kernel_gradient(
     It is the correlation of `x` with `g`, of which only the kernel's taps are transformed back.
     """
 
+    def some(x: Array, g: Array) -> Array:
+        return _gradient_by_images(x, g, kernel_size, padding, tiling, groups)
+
+    if tiling.parts == 1:
+        return some(x, g)
     channels, outputs = x.shape[-1], g.shape[-1]
     wide = max(channels, outputs) // tiling.parts
 
@@ -189,11 +194,6 @@ def kernel_gradient(
             return _with_part(taps, some(_part(x, i, wide, 3), g), i, 2)
         return _with_part(taps, some(x, _part(g, i, wide, 3)), i, 3)
 
-    def some(x: Array, g: Array) -> Array:
-        return _gradient_by_images(x, g, kernel_size, padding, tiling, groups)
-
-    if tiling.parts == 1:
-        return some(x, g)
     shape = (*kernel_size, channels // groups, outputs)
     return jax.lax.fori_loop(0, tiling.parts, step, _zeros(x, shape))
 
@@ -261,7 +261,7 @@ def _by_rows(x: Array, kernel: Array, padding: Padding, tiling: Tiling, groups: 
     y = y.reshape(-1, *y.shape[2:])[: last.shape[0]]
     y = jnp.einsum("fqh,fqwto->hwto", last, y)
     shape = batch, *output_sizes((high, wide), kernel.shape[:2], padding), y.shape[-1]
-    return untile(y, shape, both, "outputs")
+    return untile(y, shape, both)
 
 
 def _gradient_by_rows(

@@ -90,19 +90,19 @@ def adjoint_padding(kernel_size: tuple[int, ...], padding: Padding) -> Padding:
     return (down - top, down - bottom), (along - left, along - right)
 
 
-def tiles(x: Array, cuts: tuple[Cut, Cut], side: Side) -> Array:
+def tiles(x: Array, both: tuple[Cut, Cut], side: Side) -> Array:
     """The windows of one side of a convolution, its pictures or its outputs, as
     (h, w, tile, channel); zeros beyond the pictures."""
-    for axis, one in ((1, cuts[0]), (3, cuts[1])):
+    for axis, one in ((1, both[0]), (3, both[1])):
         x = _windows(x, axis, one, getattr(one, side))
     x = x.transpose(2, 4, 1, 3, 0, 5)
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def untile(y: Array, shape: tuple[Any, ...], cuts: tuple[Cut, Cut], side: Side) -> Array:
-    """Pictures of `shape` from their windows: `tiles` transposed, what overlaps is added."""
+def untile(y: Array, shape: tuple[Any, ...], both: tuple[Cut, Cut]) -> Array:
+    """Outputs of `shape` from their windows: `tiles` transposed, what overlaps is added."""
     like = jax.typeof(y).update(shape=shape)
-    return jax.linear_transpose(partial(tiles, cuts=cuts, side=side), like)(y)[0]
+    return jax.linear_transpose(partial(tiles, both=both, side="outputs"), like)(y)[0]
 
 
 def _windows(x: Array, axis: int, one: Cut, window: Window) -> Array:
