@@ -149,15 +149,15 @@ def by_kernel(shape: Shape, tiling: Tiling | None) -> Callable[..., jax.Array]:
 
 
 def prepared(shape: Shape, tiling: Tiling, kernel: jax.Array) -> tuple[Callable[..., Any], Any]:
-    transform = jax.jit(fourier.kernel_spectrum, static_argnums=(1, 2))
-    spectrum = transform(kernel, tiling.periods, shape.groups)
+    transform = jax.jit(fourier.kernel_spectra, static_argnums=(1, 2))
+    spectra = transform(kernel, tiling.periods, shape.groups)
     way = partial(
-        fourier.correlate_spectrum,
+        fourier.correlate_spectra,
         kernel_size=shape.kernel_size,
         padding=shape.padding,
         tiling=tiling,
     )
-    return jax.jit(way), spectrum
+    return jax.jit(way), spectra
 
 
 def measure(shape: Shape, rng: np.random.Generator, tries: int) -> list[Row]:
@@ -172,8 +172,8 @@ def measure(shape: Shape, rng: np.random.Generator, tries: int) -> list[Row]:
         taken = median(by_kernel(shape, tiling), x, kernel, g)
         rows.append(Row("fourier_by_kernel", taken, shape, tiling))
     for tiling in promising(shape, rng, tries, "prepared"):
-        run, spectrum = prepared(shape, tiling, kernel)
-        rows.append(Row("prepared", median(run, x, spectrum), shape, tiling))
+        run, spectra = prepared(shape, tiling, kernel)
+        rows.append(Row("prepared", median(run, x, spectra), shape, tiling))
     return rows
 
 
@@ -232,9 +232,9 @@ def check(shape: Shape, rng: np.random.Generator) -> dict[str, Any]:
     ready = periods and choose.best_tiling(shape, "prepared", periods=periods)
     if ready:
         row["prepared tiling"] = ready
-        run, spectrum = prepared(shape, ready, kernel)
+        run, spectra = prepared(shape, ready, kernel)
         standing = jax.jit(plain)
-        row["prepared"] = turns(lambda: run(x, spectrum), lambda: standing(x, kernel))
+        row["prepared"] = turns(lambda: run(x, spectra), lambda: standing(x, kernel))
     return row
 
 

@@ -154,7 +154,7 @@ def test_a_kernel_comes_back_from_its_spectrum(groups):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((2, 15, 14, 6)))
         for periods in ((13, 12), (10, 11), (18, 17)):
             prepared = PreparedConv.of(conv, periods)
-            spectra = prepared.spectrum[...]
+            spectra = [one[...] for one in prepared.spectra.values()]
             kernel = _kernel(spectra, periods, (7, 5), 6 // groups)
             np.testing.assert_allclose(kernel, conv.kernel[...], atol=1e-14)
             plain = prepared._plain(x, spectra) + prepared.bias[...]

@@ -80,8 +80,8 @@ def test_fourier_tiles_are_the_convolution(problem, seed, features):
     around = tiles.adjoint_padding(kernel_size, padding)
     by_pictures = fourier.correlate_flipped(g, kernel, around, tiling, groups)
     assert off(by_pictures, back(g)[0]) < EXACT
-    spectrum = fourier.kernel_spectrum(kernel, tiling.periods, groups)
-    found = fourier.correlate_spectrum(x, spectrum, kernel_size, padding, tiling)
+    spectra = fourier.kernel_spectra(kernel, tiling.periods, groups)
+    found = fourier.correlate_spectra(x, spectra, kernel_size, padding, tiling)
     assert off(found, expected) < EXACT
 
 

@@ -24,6 +24,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import jax
@@ -120,21 +121,29 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
     return jax.lax.pcast(zeros, tuple(jax.typeof(like).mat.varying), to="varying")
 
 
-def spectrum_shape(
+SPECTRA = 4
+"""So many arrays, some rows of frequencies each, a kernel's spectrum is kept in. XLA on a CPU
+multiplies a row's small matrices on one core, and what does not depend on each other side by side;
+slices of one array would be copies. Two and eight were measured to be slower."""
+
+
+def spectra_shapes(
     kernel_shape: Sequence[int], periods: tuple[int, int], groups: int = 1
-) -> tuple[int, ...]:
-    """(n_H // 2 + 1, groups, n_W, D, O / groups), the smaller of the last two doubled."""
+) -> list[tuple[int, ...]]:
+    """Some of the n_H // 2 + 1 rows each, (rows, groups, n_W, D, O / groups), the smaller of the
+    last two doubled."""
     channels, outputs = kernel_shape[2], kernel_shape[3] // groups
     twice = (2 * channels, outputs) if channels <= outputs else (channels, 2 * outputs)
-    return (periods[0] // 2 + 1, groups, periods[1], *twice)
+    parts = np.array_split(np.arange(periods[0] // 2 + 1), SPECTRA)
+    return [(len(part), groups, periods[1], *twice) for part in parts if len(part)]
 
 
-def kernel_spectrum(
+def kernel_spectra(
     kernel: Float[Array, "k l D O"], periods: tuple[int, int], groups: int = 1
-) -> Float[Array, "f n g c o"]:
-    """What `correlate_spectrum` takes, of `spectrum_shape`; the real parts come first.
+) -> list[Float[Array, "_ g n c o"]]:
+    """What `correlate_spectra` takes, of `spectra_shapes`; the real parts come first.
 
-    It holds n_H · n_W / k² times the kernel's numbers, or a little more.
+    They hold n_H · n_W / k² times the kernel's numbers, or a little more.
     """
     first, along = into(periods, _from_zero(kernel.shape), kernel.dtype)
 
@@ -142,17 +151,24 @@ def kernel_spectrum(
     def row_of(row: Array) -> Array:
         return jnp.concatenate(_spectrum_of_kernel(kernel, row[None], along, groups), -1)[0]
 
-    return jax.lax.map(row_of, first)
+    parts = _like_rows(first, spectra_shapes(kernel.shape, periods, groups))
+    return [jax.lax.map(row_of, part) for part in parts]
 
 
-def correlate_spectrum(
+def _like_rows(rows: Any, shapes: Sequence[Sequence[int]]) -> list[Any]:
+    """Cut along the first axis as `shapes` are."""
+    ends = [*accumulate(shape[0] for shape in shapes)]
+    return [rows[end - shape[0] : end] for shape, end in zip(shapes, ends, strict=True)]
+
+
+def correlate_spectra(
     x: Float[Array, "B H W C"],
-    spectrum: Float[Array, "f n g c o"],
+    spectra: Sequence[Float[Array, "_ g n c o"]],
     kernel_size: tuple[int, int],
     padding: Padding,
     tiling: Tiling,
 ) -> Float[Array, "B h w O"]:
-    """`correlate` with a kernel transformed before; `tiling` has the periods of the spectrum."""
+    """`correlate` with a kernel transformed before; `tiling` has the periods of the spectra."""
 
     def some(x: Array) -> Array:
         batch, high, wide, _ = x.shape
@@ -160,7 +176,8 @@ def correlate_spectrum(
         down, along = into(tiling.periods, _inputs(both), x.dtype)
         back, last = out_of(tiling.periods, _outputs(both), x.dtype)
         rows = jnp.einsum("fph,hwtc->fpwtc", down, tiles(x, both, "inputs"))
-        y = _rows(rows, (spectrum,), along, back)
+        parts = zip(_like_rows(rows, [one.shape for one in spectra]), spectra, strict=True)
+        y = jnp.concatenate([_rows(part, (one,), along, back) for part, one in parts])
         y = jnp.einsum("fqh,fqwto->hwto", last, y)
         shape = batch, *output_sizes((high, wide), kernel_size, padding), y.shape[-1]
         return untile(y, shape, both)
@@ -304,7 +321,7 @@ def _in_steps(matrix: np.ndarray, rows: int) -> np.ndarray:
 
 
 Spectrum = tuple[Float[Array, "f g n c o"], ...]
-"""Of a kernel, as a product takes it: of `spectrum_shape`, or its real and its imaginary part."""
+"""Of a kernel, as a product takes it: one of `spectra_shapes`, or its real and imaginary part."""
 
 
 def _rows(rows: Array, spectrum: Spectrum, along: np.ndarray, back: np.ndarray) -> Array:

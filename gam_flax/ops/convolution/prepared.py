@@ -51,8 +51,10 @@ class PreparedConv(nnx.Module):
         self.dtype = dtype
         self.param_dtype = param_dtype
         kernel = (*kernel_size, features[0] // groups, features[1])
-        shape = fourier.spectrum_shape(kernel, periods, groups)
-        self.spectrum = nnx.Param(jnp.zeros(shape, param_dtype))
+        shapes = fourier.spectra_shapes(kernel, periods, groups)
+        parts = [nnx.Param(jnp.zeros(shape, param_dtype)) for shape in shapes]
+        # Not a list: jax.export serializes trees with keys that are strings.
+        self.spectra = nnx.Dict({str(i): part for i, part in enumerate(parts)})
         self.bias = nnx.Param(jnp.zeros(features[1], param_dtype)) if use_bias else None
 
     @classmethod
@@ -76,33 +78,35 @@ class PreparedConv(nnx.Module):
         made = nnx.eval_shape(lambda: cls.like(conv, periods))
         assert conv.kernel is not None
         kernel = conv.kernel[...].astype(made.param_dtype)
-        transform = jax.jit(fourier.kernel_spectrum, static_argnums=(1, 2))
-        made.spectrum.set_value(transform(kernel, periods, made.groups))
+        transform = jax.jit(fourier.kernel_spectra, static_argnums=(1, 2))
+        for one, found in zip(
+            made.spectra.values(), transform(kernel, periods, made.groups), strict=True
+        ):
+            one.set_value(found)
         if made.bias is not None and conv.bias is not None:
             made.bias.set_value(conv.bias[...].astype(made.param_dtype))
         return made
 
     def __call__(self, x: Float[Array, "B H W C"]) -> Float[Array, "B h w O"]:
-        wide = x.astype(jnp.promote_types(x.dtype, self.spectrum.dtype))
-        y = jax.lax.platform_dependent(
-            wide, self.spectrum[...], cpu=self._in_tiles, default=self._plain
-        )
+        spectra = [one[...] for one in self.spectra.values()]
+        wide = x.astype(jnp.promote_types(x.dtype, spectra[0].dtype))
+        y = jax.lax.platform_dependent(wide, spectra, cpu=self._in_tiles, default=self._plain)
         if self.bias is not None:
             y += self.bias[...]
-        return y.astype(self.dtype or jnp.result_type(x, self.spectrum[...]))
+        return y.astype(self.dtype or jnp.result_type(x, *spectra))
 
-    def _in_tiles(self, x: Array, spectrum: Array) -> Array:
+    def _in_tiles(self, x: Array, spectra: list[Array]) -> Array:
         kernel = (*self.kernel_size, self.features[0] // self.groups, self.features[1])
         shape = Shape.of(
             x, jax.ShapeDtypeStruct(kernel, x.dtype), (1, 1), self.padding, self.groups
         )
         tiling = best_tiling(shape, "prepared", periods=self.periods)
         assert tiling is not None
-        return fourier.correlate_spectrum(x, spectrum, self.kernel_size, self.padding, tiling)
+        return fourier.correlate_spectra(x, spectra, self.kernel_size, self.padding, tiling)
 
-    def _plain(self, x: Array, spectrum: Array) -> Array:
+    def _plain(self, x: Array, spectra: list[Array]) -> Array:
         kernel = _kernel(
-            spectrum.astype(x.dtype),
+            [one.astype(x.dtype) for one in spectra],
             self.periods,
             self.kernel_size,
             self.features[0] // self.groups,
@@ -119,9 +123,10 @@ def window(conv: nnx.Conv) -> tuple[tuple[int, int], Padding]:
 
 
 def _kernel(
-    spectrum: Array, periods: tuple[int, int], kernel_size: tuple[int, int], channels: int
+    spectra: list[Array], periods: tuple[int, int], kernel_size: tuple[int, int], channels: int
 ) -> Array:
-    """The kernel again: `fourier.kernel_spectrum` undone, exact but for rounding."""
+    """The kernel again: `fourier.kernel_spectra` undone, exact but for rounding."""
+    spectrum = jnp.concatenate(spectra)
     real, imaginary = jnp.split(spectrum, 2, -1 if spectrum.shape[-2] == channels else -2)
     whole = jnp.fft.ifft(jax.lax.complex(real, -imaginary), axis=2)  # the spectrum is conjugate
     kernels = jnp.fft.irfft(whole, periods[0], axis=0)
