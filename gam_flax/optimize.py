@@ -32,7 +32,7 @@ class FoldedConv(nnx.Conv):
     """A convolution with the norm after it in its kernel and its bias."""
 
 
-USUAL_MEMORY = 400e6
+USUAL_MEMORY = 350e6
 """Bytes that spectra may take by default. A process that runs ResNet-50 with GAM then takes about
 twice what torch takes."""
 

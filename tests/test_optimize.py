@@ -50,7 +50,7 @@ def kinds(model):
 @pytest.fixture
 def eager_choice(monkeypatch):
     """Prepares whatever can be, also in sizes that a test has time for."""
-    monkeypatch.setitem(choose.MARGINS, "prepared", 1e9)
+    monkeypatch.setitem(choose.MARGINS, "prepared", (1e9, 1e9))
 
 
 MODELS = {

@@ -152,13 +152,16 @@ Way = Literal["fourier", "fourier_by_kernel", "prepared"]
 """Of tiles: a convolution (the gradient by the pictures is one), the gradient by the kernel, and
 a convolution whose kernel's spectrum is there."""
 
-MARGINS: dict[Way, float] = {"fourier": 0.9, "fourier_by_kernel": 0.9, "prepared": 0.7}
-"""Tiles are taken where they promise to take this part of the time without them."""
+FEW = 8
 
-FEW, MARGIN_OF_FEW = 8, 0.65
-"""With fewer pictures a kernel's transform is most of what a convolution takes, and there the model
-is further off: of the measurements that it was fitted to, all that took 1.3 of the time without
-tiles though 0.7 was promised were of one to four pictures."""
+MARGINS: dict[Way, tuple[float, float]] = {
+    "fourier": (0.65, 0.9),
+    "fourier_by_kernel": (0.9, 0.9),
+    "prepared": (0.8, 0.8),
+}
+"""Tiles are taken where they promise to take this part of the time without them: of fewer than
+`FEW` pictures, and of more. With few a kernel's transform is most of what a convolution takes, and
+there the model is further off."""
 
 
 def functions(shape: Shape) -> dict[str, tuple[Shape, Way]]:
@@ -192,11 +195,11 @@ MACHINES = (
     ),
     Machine(
         "epyc-9004",
-        PlainCost(1.11e-11, 1.25e-10, 4.83e-12, 1.92e-09, 1.34e-09),
-        PlainCost(9.59e-12, 4.31e-10, 2.47e-12, 1.21e-09, 1.75e-09),
-        Cost(1.87e-11, 1.59e-11, 4.89e-10, 4.08e-10, 1.1e-05, 7.2e-10, 0, 2.6e-10),
-        Cost(1.11e-11, 2.29e-11, 1.35e-09, 4.09e-10, 0.000147, 5.78e-10, 0, 7.47e-10),
-        Cost(1.8e-11, 9.52e-12, 5.24e-11, 4.87e-10, 3.09e-05, 4.28e-10, 2.34e-10, 0),
+        PlainCost(1.38e-11, 7.88e-11, 2.22e-11, 5.12e-10, 2.5e-10),
+        PlainCost(9.19e-12, 5.35e-10, 1.87e-11, 3.5e-10, 1.44e-09),
+        Cost(2.8e-11, 1.78e-11, 1.54e-10, 3.77e-10, 2.27e-06, 3.4e-10, 0, 7.57e-10),
+        Cost(1.33e-11, 1.47e-11, 8.28e-10, 4.47e-10, 4.92e-05, 5.25e-10, 0, 2.14e-09),
+        Cost(2.19e-11, 8.2e-12, 7.58e-11, 3.96e-10, 1.27e-05, 1.09e-10, 2.08e-10, 1.27e-09),
     ),
     Machine(
         "xeon-5",
@@ -331,9 +334,11 @@ def best_tiling(
 def cheapest_tiling(shape: Shape, way: Way = "fourier") -> Tiling | None:
     """`best_tiling` where it is cheaper than the plain convolution."""
     tiling = best_tiling(shape, way)
-    few = way == "fourier" and shape.batch < FEW
-    margin = MARGIN_OF_FEW if few else MARGINS[way]
-    return None if tiling is None or share(shape, tiling, way) > margin else tiling
+    return tiling if tiling and share(shape, tiling, way) <= margin(shape, way) else None
+
+
+def margin(shape: Shape, way: Way) -> float:
+    return MARGINS[way][shape.batch >= FEW]
 
 
 MAKING = 1.1
@@ -359,7 +364,7 @@ def preparations(shape: Shape) -> list[Preparation]:
         tiling = best_tiling(shape, "prepared", periods=periods)
         assert tiling is not None
         part = share(shape, tiling, "prepared")
-        if part < MARGINS["prepared"]:
+        if part <= margin(shape, "prepared"):
             size = _spectrum(shape, periods) * shape.bytes
             found.append(Preparation(periods, part * plain, size))
     # The models are of measurements apart, but no spectrum is made sooner than it is read.
