@@ -9,11 +9,14 @@ read its kernels (or spectra) and read and write its pictures once, whichever ta
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 import gam_flax
@@ -21,8 +24,9 @@ from benchmarks.gam_block_inside import WORKS, Work, build
 from benchmarks.inside import Stages, report
 from gam_flax.ops.convolution import choose
 from gam_flax.ops.convolution.choose import Shape
-from gam_flax.ops.convolution.prepared import PreparedConv
-from gam_flax.ops.convolution.tiles import Tiling
+from gam_flax.ops.convolution.prepared import PreparedConv, window
+from gam_flax.ops.convolution.tiles import Padding, Tiling
+from gam_flax.optimize import put
 
 SIDE = 2048
 NUMBERS = 100_000_000
@@ -45,46 +49,82 @@ def _seconds(run: Callable[..., jax.Array], *args: jax.Array) -> float:
     return stages.seconds["call"]
 
 
+Layer = nnx.Conv | PreparedConv | nnx.Linear
+
+
+class _Watched:
+    """Stands for a layer while shapes are traced, and notes what it was given."""
+
+    def __init__(self, layer: Any, seen: list[tuple[Layer, tuple[int, ...]]]):
+        self.layer, self.seen = layer, seen
+
+    def __call__(self, x: Any) -> Any:
+        self.seen.append((self.layer, x.shape))
+        return self.layer(x)
+
+
 def counted(work: Work, shape: tuple[int, int, int]) -> tuple[float, float]:
-    """Operations and bytes of a GAM block, its elementwise part left out."""
+    """Operations and bytes of a model's layers; norms and what is elementwise are left out."""
     batch, channels, side = shape
+    pictures = batch, side, side, channels
     model = build(gam_flax, work, channels, rngs=nnx.Rngs(0))
-    linear = 2 * channels * model.channel_attention.fc1.out_features
     if not work.training:
-        model = gam_flax.optimize_for_inference(model, (batch, side, side, channels))
-    times = BACKWARD if work.training else 1
-    flops, moved = 2.0 * times * batch * side**2 * linear, 8.0 * batch * side**2 * channels
-    for conv, one in _convolutions(model, shape):
-        for part, tiling, way in _functions(conv, one, training=work.training):
-            some = _flops(part, tiling, way)
-            flops, moved = flops + some[0], moved + some[1]
+        model = gam_flax.optimize_for_inference(model, pictures, **work.options)
+    flops = moved = 0.0
+    for layer, one in _layers(model, pictures):
+        some = _of_layer(layer, one, work.training)
+        flops, moved = flops + some[0], moved + some[1]
     return flops, moved
 
 
-def _convolutions(
-    model: nnx.Module, shape: tuple[int, int, int]
-) -> Iterator[tuple[nnx.Conv | PreparedConv, Shape]]:
-    batch, _, side = shape
-    for _, conv in nnx.iter_modules(model):
-        if isinstance(conv, PreparedConv):
-            features, groups = conv.features, conv.groups
-        elif isinstance(conv, nnx.Conv):
-            features, groups = (conv.in_features, conv.out_features), conv.feature_group_count
-        else:
-            continue
-        pads = (3, 3), (3, 3)
-        yield conv, Shape(batch, (side, side), *features, (7, 7), padding=pads, groups=groups)
+def _layers(model: nnx.Module, pictures: tuple[int, ...]) -> list[tuple[Layer, tuple[int, ...]]]:
+    """The layers that multiply, and what each is given; once more where it is called again."""
+    watched = nnx.clone(model)
+    watched.eval()  # it is shapes that are asked for
+    seen: list[tuple[Layer, tuple[int, ...]]] = []
+    for path, layer in list(nnx.iter_modules(watched)):
+        if isinstance(layer, Layer):
+            put(watched, path, _Watched(layer, seen))
+    jax.eval_shape(lambda x: watched(x), jax.ShapeDtypeStruct(pictures, jnp.float32))
+    return seen
 
 
-def _functions(
-    conv: nnx.Conv | PreparedConv, shape: Shape, *, training: bool
-) -> list[tuple[Shape, Tiling | None, choose.Way]]:
-    """What is computed, and how: the result and, in training, the gradients by both arguments."""
-    if isinstance(conv, PreparedConv):
-        return [(shape, choose.best_tiling(shape, "prepared", periods=conv.periods), "prepared")]
+def _of_layer(layer: Layer, given: tuple[int, ...], training: bool) -> tuple[float, float]:
+    if isinstance(layer, nnx.Linear):
+        pixels, features = math.prod(given[:-1]), (layer.in_features, layer.out_features)
+        one = 2 * pixels * math.prod(features), 4 * (pixels * sum(features) + math.prod(features))
+        return _times(BACKWARD if training else 1, one)
+    if isinstance(layer, PreparedConv):
+        shape = _shape(given, layer.features, layer.kernel_size, layer.padding, layer.groups)
+        tiling = choose.best_tiling(shape, "prepared", periods=layer.periods)
+        return _flops(shape, tiling, "prepared")
+    features, groups = (layer.in_features, layer.out_features), layer.feature_group_count
+    shape = _shape(given, features, *window(layer), groups)
+    fewer = np.broadcast_to(np.asarray(layer.strides), 2).prod()
+    if fewer > 1:
+        plain = choose.plain_features(shape)
+        numbers = shape.pixels * (shape.channels + shape.outputs / fewer)
+        one = 2 * plain.products / fewer, 4 * (numbers + plain.kernel)
+        return _times(BACKWARD if training else 1, one)
     functions = choose.functions(shape)
     some = functions.values() if training else [functions["result"]]
-    return [(one, choose.cheapest_tiling(one, way), way) for one, way in some]
+    each = [_flops(one, choose.cheapest_tiling(one, way), way) for one, way in some]
+    return sum(flops for flops, _ in each), sum(moved for _, moved in each)
+
+
+def _times(count: int, one: tuple[float, float]) -> tuple[float, float]:
+    return count * one[0], count * one[1]
+
+
+def _shape(
+    given: tuple[int, ...],
+    features: tuple[int, int],
+    kernel_size: tuple[int, int],
+    padding: Padding,
+    groups: int,
+) -> Shape:
+    batch, high, wide, _ = given
+    return Shape(batch, (high, wide), *features, kernel_size, padding=padding, groups=groups)
 
 
 def _flops(shape: Shape, tiling: Tiling | None, way: choose.Way) -> tuple[float, float]:

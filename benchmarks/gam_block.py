@@ -64,9 +64,6 @@ class Suite(NamedTuple):
 
 SUITE = Suite("A GAM block on a CPU, Flax against torch", BLOCKS, COLUMNS, NOTES)
 
-FLOORS = ("inference", "training", "grouped inference", "grouped training")
-"""The works whose operations floor.py counts."""
-
 
 def contestants(work: str, some: list[str], cache: Path) -> list[Contestant]:
     compiler = cpp_compiler()
@@ -164,8 +161,7 @@ def measure(args: argparse.Namespace, suite: Suite, console: Console) -> dict[st
         tempfile.TemporaryDirectory(prefix="gam-block-") as cache,
         Progress(*columns, TimeElapsedColumn(), console=console) as bar,
     ):
-        floor = [work for work in args.works if work in FLOORS]
-        command = [sys.executable, "-m", "benchmarks.floor", *floor]
+        command = [sys.executable, "-m", "benchmarks.floor", *args.works]
         kept["floor"] = processes.run_alone(Contestant("floor", command, surroundings()))
         for work in args.works:
             shapes = WORKS[work].shapes

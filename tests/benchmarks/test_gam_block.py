@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from flax import nnx
 
 from benchmarks import convolution_model, floor, gam_block, growth
 from benchmarks.gam_block_inside import WORKS, Work
@@ -67,9 +68,17 @@ def test_operations_of_a_block():
     flops, moved = floor.counted(Work("reference", False, ()), (1, 8, 4))
     pixels, pairs = 16, 8 * 2
     assert flops == 2 * pixels * (2 * pairs + 2 * 49 * pairs)
-    assert moved == 4 * (2 * pixels * 8 + 2 * (pixels * (8 + 2) + 49 * pairs))
+    assert moved == 4 * 2 * (pixels * (8 + 2) + pairs + pixels * (8 + 2) + 49 * pairs)
     step, _ = floor.counted(Work("reference", True, ()), (1, 8, 4))
     assert step == 3 * flops
+
+
+def test_operations_of_a_network_with_strides():
+    """The first layer of a ResNet gives a quarter of the pixels that a stride of 1 would."""
+    conv = nnx.Conv(3, 8, (7, 7), strides=2, padding=((3, 3), (3, 3)), rngs=nnx.Rngs(0))
+    flops, moved = floor._of_layer(conv, (1, 16, 16, 3), training=False)
+    assert flops == 2 * 64 * 49 * 3 * 8
+    assert moved == 4 * (256 * 3 + 64 * 8 + 49 * 3 * 8)
 
 
 def test_an_exponent_is_that_of_a_power():
