@@ -31,7 +31,8 @@ FLAX = "flax"
 TORCH = ("eager", "channels_last", "compile")
 
 NOTES = (
-    "Seconds are medians over the rounds of the median of a process's calls, float32. Speed is "
+    "Seconds are medians over the rounds of the median of a process's calls, float32, after 0.4 s "
+    "of calls that do not count. Speed is "
     "the fastest of eager, eager in channels_last and torch.compile over Flax, shape by shape: "
     "above 1 Flax is faster.",
     "First call: until the first answer under jit, with an empty compilation cache and with the "

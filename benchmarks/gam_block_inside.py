@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 from benchmarks.inside import Stages, peak_memory, report
 
 RATE = 0.01
+WARM = 0.4
+"""Seconds of calls before those that count."""
 DEVICE = os.environ.get("GAM_DEVICE", "cpu")
 PRECISION = os.environ.get("GAM_PRECISION", "float32")
 """float32, TF32 or bfloat16."""
@@ -176,7 +178,7 @@ def main() -> None:
         call = run(role, WORKS[work], (batch, channels, side))
         with stages(f"first {name}"):
             call()
-        stages.repeat(name, call, WORKS[work].calls)
+        stages.repeat(name, call, WORKS[work].calls, WARM)
         del call
     report({**stages.seconds, "peak memory": peak_memory()})
 

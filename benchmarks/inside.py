@@ -40,15 +40,26 @@ class Stages:
         self.seconds[name] = time.perf_counter() - start
         self.peaks[name] = peak_memory()
 
-    def repeat(self, name: str, run: Callable[[], Any], times: int) -> None:
-        """A stage that is run several times; the median counts."""
-        taken = []
-        for _ in range(times):
-            start = time.perf_counter()
-            run()
-            taken.append(time.perf_counter() - start)
-        self.seconds[name] = statistics.median(taken)
+    def repeat(self, name: str, run: Callable[[], Any], times: int, seconds: float = 0.0) -> None:
+        """A stage that is run several times; the median counts.
+
+        seconds: to run it for before it counts, since the first calls of a process find no memory
+            ready for them, and at least so long again.
+        """
+        if seconds:
+            _run_for(run, 1, seconds)
+        self.seconds[name] = statistics.median(_run_for(run, times, seconds))
         self.peaks[name] = peak_memory()
+
+
+def _run_for(run: Callable[[], Any], times: int, seconds: float) -> list[float]:
+    """The seconds of each call; at least so many, and so many seconds of them."""
+    taken: list[float] = []
+    while len(taken) < times or sum(taken) < seconds:
+        start = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - start)
+    return taken
 
 
 def report(numbers: dict[str, float]) -> None:
