@@ -211,9 +211,9 @@ MACHINES = (
     ),
 )
 """Two cores each, with jax 0.10.2: an AMD EPYC 9005 (450 GFLOP/s of products, 43 GB/s of memory), a
-9004 (190 and 49), and an Intel Xeon of the fifth generation (300 and 30).
+9004 (200 and 49), and an Intel Xeon of the fifth generation (300 and 30).
 `python -m benchmarks.convolution_model` measured random convolutions there and fitted these; on the
-EPYCs before overlap-add and before products kept their order, so they promise rather too little."""
+9005 before overlap-add and before products kept their order, so that promises rather too little."""
 
 
 def plain_features(shape: Shape) -> PlainCost:

@@ -124,7 +124,7 @@ def _zeros(like: Array, shape: tuple[int, ...]) -> Array:
 SPECTRA = 4
 """So many arrays, some rows of frequencies each, a kernel's spectrum is kept in. XLA on a CPU
 multiplies a row's small matrices on one core, and what does not depend on each other side by side;
-slices of one array would be copies. Two and eight were measured to be slower."""
+slices of one array would be copies. Two, and one for each row, were measured to be slower."""
 
 
 def spectra_shapes(
