@@ -141,15 +141,14 @@ def _when(record: Mapping[str, Any]) -> str:
 
 
 def _machines(records: Mapping[str, Any]) -> list[str]:
-    """Each machine once, and which works were measured on it, where there are several."""
+    """Each machine once: that of most works first, the others with what was measured on them."""
     works: dict[str, list[str]] = {}
     for work, record in records.items():
         on = record["machine"]
         line = f"{record['date']}, {on['processor']}, {on['cores_in_use']} cores"
         works.setdefault(line, []).append(work)
-    return [
-        line if len(works) == 1 else f"{line}: {', '.join(some)}" for line, some in works.items()
-    ]
+    most, *others = sorted(works, key=lambda line: len(works[line]), reverse=True)
+    return [most, *(f"{line}: {', '.join(works[line])}" for line in others)]
 
 
 def measure(args: argparse.Namespace, suite: Suite, console: Console) -> dict[str, Any]:
