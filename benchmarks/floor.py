@@ -12,7 +12,6 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from gam_flax.ops.convolution import choose
 from gam_flax.ops.convolution.choose import Shape
 from gam_flax.ops.convolution.prepared import PreparedConv, window
 from gam_flax.ops.convolution.tiles import Padding, Tiling
-from gam_flax.optimize import put
+from gam_flax.optimize import get, shapes_given
 
 SIDE = 2048
 NUMBERS = 100_000_000
@@ -52,17 +51,6 @@ def _seconds(run: Callable[..., jax.Array], *args: jax.Array) -> float:
 Layer = nnx.Conv | PreparedConv | nnx.Linear
 
 
-class _Watched:
-    """Stands for a layer while shapes are traced, and notes what it was given."""
-
-    def __init__(self, layer: Any, seen: list[tuple[Layer, tuple[int, ...]]]):
-        self.layer, self.seen = layer, seen
-
-    def __call__(self, x: Any) -> Any:
-        self.seen.append((self.layer, x.shape))
-        return self.layer(x)
-
-
 def counted(work: Work, shape: tuple[int, int, int]) -> tuple[float, float]:
     """Operations and bytes of a model's layers; norms and what is elementwise are left out."""
     batch, channels, side = shape
@@ -71,25 +59,15 @@ def counted(work: Work, shape: tuple[int, int, int]) -> tuple[float, float]:
     if not work.training:
         model = gam_flax.optimize_for_inference(model, pictures, **work.options)
     flops = moved = 0.0
-    for layer, one in _layers(model, pictures):
-        some = _of_layer(layer, one, work.training)
-        flops, moved = flops + some[0], moved + some[1]
+    for path, calls in shapes_given(model, lambda one: isinstance(one, Layer), pictures).items():
+        for given in calls:
+            some = _of_layer(get(model, path), given, work.training)
+            flops, moved = flops + some[0], moved + some[1]
     return flops, moved
 
 
-def _layers(model: nnx.Module, pictures: tuple[int, ...]) -> list[tuple[Layer, tuple[int, ...]]]:
-    """The layers that multiply, and what each is given; once more where it is called again."""
-    watched = nnx.clone(model)
-    watched.eval()  # it is shapes that are asked for
-    seen: list[tuple[Layer, tuple[int, ...]]] = []
-    for path, layer in list(nnx.iter_modules(watched)):
-        if isinstance(layer, Layer):
-            put(watched, path, _Watched(layer, seen))
-    jax.eval_shape(lambda x: watched(x), jax.ShapeDtypeStruct(pictures, jnp.float32))
-    return seen
-
-
 def _of_layer(layer: Layer, given: tuple[int, ...], training: bool) -> tuple[float, float]:
+    """What one layer has to do where it is given pictures, or features, of that shape."""
     if isinstance(layer, nnx.Linear):
         pixels, features = math.prod(given[:-1]), (layer.in_features, layer.out_features)
         one = 2 * pixels * math.prod(features), 4 * (pixels * sum(features) + math.prod(features))

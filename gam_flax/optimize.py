@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -149,29 +149,39 @@ def _like(conv: nnx.Conv) -> FoldedConv:
 
 
 class _Watched:
-    """Stands for a convolution while shapes are traced, and notes what it was given."""
+    """Stands for a layer while shapes are traced, and notes what it was given."""
 
-    def __init__(self, conv: nnx.Conv, seen: list[tuple[int, ...]]):
-        self.conv, self.seen = conv, seen
+    def __init__(self, layer: Any, seen: list[tuple[int, ...]]):
+        self.layer, self.seen = layer, seen
 
     def __call__(self, x: Any) -> Any:
         self.seen.append(x.shape)
-        return self.conv(x)
+        return self.layer(x)
+
+
+def shapes_given(
+    model: nnx.Module, wanted: Callable[[nnx.Module], bool], input_shape: tuple[int, ...]
+) -> dict[Path, list[tuple[int, ...]]]:
+    """The shapes that each of the wanted layers is given, once for each call, in evaluation."""
+    watched = nnx.clone(model)
+    watched.eval()
+    seen: dict[Path, list[tuple[int, ...]]] = {}
+    for path, layer in list(nnx.iter_modules(watched)):
+        if wanted(layer):
+            put(watched, path, _Watched(layer, seen.setdefault(path, [])))
+    jax.eval_shape(lambda x: watched(x), jax.ShapeDtypeStruct(input_shape, jnp.float32))
+    return seen
 
 
 def _choices(model: nnx.Module, input_shape: tuple[int, ...]) -> dict[Path, list[Preparation]]:
     """The convolutions that could be prepared, and how; first as they are."""
-    watched = nnx.clone(model)
-    seen: dict[Path, list[tuple[int, ...]]] = {}
-    for path, conv in list(nnx.iter_modules(watched)):
-        if isinstance(conv, nnx.Conv) and _could_be_prepared(conv):
-            put(watched, path, _Watched(conv, seen.setdefault(path, [])))
-    x = jax.ShapeDtypeStruct(input_shape, jnp.float32)
-    jax.eval_shape(lambda x: watched(x), x)
+    seen = shapes_given(model, _could_be_prepared, input_shape)
     return {path: _preparations(get(model, path), some) for path, some in seen.items() if some}
 
 
-def _could_be_prepared(conv: nnx.Conv) -> bool:
+def _could_be_prepared(conv: nnx.Module) -> bool:
+    if not isinstance(conv, nnx.Conv):
+        return False
     dilations = (conv.input_dilation, conv.kernel_dilation, conv.strides)
     return (
         type(conv) in (nnx.Conv, FoldedConv)
