@@ -23,9 +23,9 @@ from benchmarks.gam_block_inside import WORKS, Work, build
 from benchmarks.inside import Stages, report
 from gam_flax.ops.convolution import choose
 from gam_flax.ops.convolution.choose import Shape
-from gam_flax.ops.convolution.prepared import PreparedConv, window
-from gam_flax.ops.convolution.tiles import Padding, Tiling
-from gam_flax.optimize import get, shapes_given
+from gam_flax.ops.convolution.prepared import PreparedConv
+from gam_flax.ops.convolution.tiles import Tiling
+from gam_flax.optimize import get, shape_of, shapes_given
 
 SIDE = 2048
 NUMBERS = 100_000_000
@@ -73,11 +73,14 @@ def _of_layer(layer: Layer, given: tuple[int, ...], training: bool) -> tuple[flo
         one = 2 * pixels * math.prod(features), 4 * (pixels * sum(features) + math.prod(features))
         return _times(BACKWARD if training else 1, one)
     if isinstance(layer, PreparedConv):
-        shape = _shape(given, layer.features, layer.kernel_size, layer.padding, layer.groups)
+        batch, high, wide, _ = given
+        window, pads = layer.kernel_size, layer.padding
+        shape = Shape(
+            batch, (high, wide), *layer.features, window, padding=pads, groups=layer.groups
+        )
         tiling = choose.best_tiling(shape, "prepared", periods=layer.periods)
         return _flops(shape, tiling, "prepared")
-    features, groups = (layer.in_features, layer.out_features), layer.feature_group_count
-    shape = _shape(given, features, *window(layer), groups)
+    shape = shape_of(layer, given)
     fewer = np.broadcast_to(np.asarray(layer.strides), 2).prod()
     if fewer > 1:
         plain = choose.plain_features(shape)
@@ -92,17 +95,6 @@ def _of_layer(layer: Layer, given: tuple[int, ...], training: bool) -> tuple[flo
 
 def _times(count: int, one: tuple[float, float]) -> tuple[float, float]:
     return count * one[0], count * one[1]
-
-
-def _shape(
-    given: tuple[int, ...],
-    features: tuple[int, int],
-    kernel_size: tuple[int, int],
-    padding: Padding,
-    groups: int,
-) -> Shape:
-    batch, high, wide, _ = given
-    return Shape(batch, (high, wide), *features, kernel_size, padding=padding, groups=groups)
 
 
 def _flops(shape: Shape, tiling: Tiling | None, way: choose.Way) -> tuple[float, float]:

@@ -196,18 +196,15 @@ def _could_be_prepared(conv: nnx.Module) -> bool:
 
 def _preparations(conv: nnx.Conv, shapes: list[tuple[int, ...]]) -> list[Preparation]:
     """For the largest picture it saw."""
-    batch, high, wide, _ = max(shapes, key=math.prod)
+    return preparations(shape_of(conv, max(shapes, key=math.prod)))
+
+
+def shape_of(conv: nnx.Conv, given: tuple[int, ...]) -> Shape:
+    """What the choice depends on, of a convolution of stride 1 that is given such pictures."""
+    batch, high, wide, _ = given
     kernel_size, padding = window(conv)
-    shape = Shape(
-        batch,
-        (high, wide),
-        conv.in_features,
-        conv.out_features,
-        kernel_size,
-        padding=padding,
-        groups=conv.feature_group_count,
-    )
-    return preparations(shape)
+    features, groups = (conv.in_features, conv.out_features), conv.feature_group_count
+    return Shape(batch, (high, wide), *features, kernel_size, padding=padding, groups=groups)
 
 
 def described(model: nnx.Module) -> dict[str, Any]:

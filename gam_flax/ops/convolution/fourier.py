@@ -24,7 +24,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from itertools import accumulate
 from typing import Any
 
 import jax
@@ -151,14 +150,7 @@ def kernel_spectra(
     def row_of(row: Array) -> Array:
         return jnp.concatenate(_spectrum_of_kernel(kernel, row[None], along, groups), -1)[0]
 
-    parts = _like_rows(first, spectra_shapes(kernel.shape, periods, groups))
-    return [jax.lax.map(row_of, part) for part in parts]
-
-
-def _like_rows(rows: Any, shapes: Sequence[Sequence[int]]) -> list[Any]:
-    """Cut along the first axis as `shapes` are."""
-    ends = [*accumulate(shape[0] for shape in shapes)]
-    return [rows[end - shape[0] : end] for shape, end in zip(shapes, ends, strict=True)]
+    return [jax.lax.map(row_of, part) for part in np.array_split(first, SPECTRA) if len(part)]
 
 
 def correlate_spectra(
@@ -176,7 +168,7 @@ def correlate_spectra(
         down, along = into(tiling.periods, _inputs(both), x.dtype)
         back, last = out_of(tiling.periods, _outputs(both), x.dtype)
         rows = jnp.einsum("fph,hwtc->fpwtc", down, tiles(x, both, "inputs"))
-        parts = zip(_like_rows(rows, [one.shape for one in spectra]), spectra, strict=True)
+        parts = zip(jnp.array_split(rows, len(spectra)), spectra, strict=True)
         y = jnp.concatenate([_rows(part, (one,), along, back) for part, one in parts])
         y = jnp.einsum("fqh,fqwto->hwto", last, y)
         shape = batch, *output_sizes((high, wide), kernel_size, padding), y.shape[-1]
